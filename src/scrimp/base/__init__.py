@@ -1,0 +1,1 @@
+"""What every part shares; it needs torch at the most."""
