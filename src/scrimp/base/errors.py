@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class ScrimpError(Exception):
+class ScrimpError(ValueError):
     """A mistake the user can mend: one sentence saying what is wrong, where, and what to do.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2. It is a
+    `ValueError` so that a recipe's validators can raise it.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from scrimp.base.errors import ScrimpError
 
@@ -39,10 +40,10 @@ def _parse(text: str | int, units: dict[str, int], wanted: str) -> int:
     if match is None or match[2].lower() not in by_lower:
         known = ", ".join(unit for unit in units if unit)
         raise ScrimpError(f"{text!r} is not {wanted}; the units are {known}")
-    value = int(float(match[1]) * by_lower[match[2].lower()])
-    if value < 1:
-        raise ScrimpError(f"{text!r} is not {wanted}: it must be more than zero")
-    return value
+    value = Decimal(match[1]) * by_lower[match[2].lower()]
+    if value < 1 or value != int(value):
+        raise ScrimpError(f"{text!r} is not {wanted}: it must be a whole number of at least one")
+    return int(value)
 
 
 def format_bytes(count: float) -> str:

@@ -1,0 +1,1 @@
+"""Activations: what the backward pass keeps, and the loss at its end."""

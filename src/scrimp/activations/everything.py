@@ -1,0 +1,18 @@
+"""Keep every activation that the backward pass asks for: autograd's own behaviour."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+
+class Everything:
+    """The identity among activation policies."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """Change nothing about what autograd saves."""
+        return nullcontext()
+
+
+def everything() -> Everything:
+    """Build the policy that keeps everything."""
+    return Everything()

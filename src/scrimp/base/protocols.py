@@ -1,0 +1,74 @@
+"""The six choices as protocols: all that the training loop knows of a method.
+
+A paper's method is a value of one or two of them. If one needs an `if` in the loop, a protocol is
+missing something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """A micro-batch: `batch` sequences of `seq` tokens.
+
+    Attributes:
+        input_ids: (batch, seq) int64.
+        labels: (batch, seq) int64, the token after each input token; -100 is no target.
+        position_ids: (batch, seq) int64, or None where positions run through.
+        targets: How many labels are targets.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    targets: int
+
+
+LossFunction = Callable[[Batch], Tensor]
+
+
+class Parametrisation(Protocol):
+    """`weights`: how matrices are stored."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Swap modules of `model` in place."""
+
+    def materialize(self, model: nn.Module) -> None:
+        """Turn every swapped module back into a plain one, in place."""
+
+
+class Trainable(Protocol):
+    """`tune`: which parameters train."""
+
+    def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Freeze what does not train, and return the rest by name."""
+
+
+class Estimator(Protocol):
+    """`gradient`: where the gradient comes from."""
+
+    def step(self, loss: LossFunction, batch: Sequence[Batch]) -> Tensor:
+        """Leave the gradient of the summed loss in `.grad`, and return that loss, detached."""
+
+
+class Activations(Protocol):
+    """`activations`: what the backward pass keeps."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """Return a context for the forward and backward pass of one optimizer step."""
+
+
+class Placement(Protocol):
+    """`placement`: where tensors live."""
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Move a model to where it trains."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """Return a context for the forward and backward pass of one optimizer step."""

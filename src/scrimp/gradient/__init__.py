@@ -1,0 +1,1 @@
+"""Gradient: where the gradient comes from."""

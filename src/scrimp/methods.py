@@ -1,0 +1,124 @@
+"""The catalogue: every piece a recipe can name, and every method as the pieces it is made of.
+
+Two tables of plain data, free of torch, so that validation, suggestions and `scrimp methods` are
+instant. A *piece* is one value of one of the six choices and says where its builder lives
+(`module:function`); `scrimp.build` is the one place that imports it. A *method* is what a paper or
+a library gives a name to: one piece for each choice it makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scrimp.base.errors import ScrimpError
+from scrimp.base.suggest import did_you_mean
+
+Choice = Literal["weights", "tune", "gradient", "optimizer", "activations", "placement"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One value of one choice.
+
+    Attributes:
+        choice: The choice it is a value of.
+        name: Its name in a recipe.
+        builder: Where it is built, as `module:function`.
+        summary: One line for people.
+    """
+
+    choice: Choice
+    name: str
+    builder: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A named method: the pieces it is made of, and the evidence for it.
+
+    Attributes:
+        name: Its name in the catalogue.
+        pieces: The piece for each choice that it makes; the other choices stay free.
+        terms: Which of the memory terms it changes, and to what.
+        source: Paper or library.
+        reported: What its source reports, with the set-up.
+    """
+
+    name: str
+    pieces: dict[Choice, str]
+    terms: str
+    source: str
+    reported: str
+
+
+PIECES: tuple[Piece, ...] = (
+    Piece(
+        choice="weights",
+        name="dense",
+        builder="scrimp.weights.dense:dense",
+        summary="every matrix as an ordinary nn.Linear",
+    ),
+    Piece(
+        choice="tune",
+        name="full",
+        builder="scrimp.tuning.full:full",
+        summary="every parameter trains, all the time",
+    ),
+    Piece(
+        choice="gradient",
+        name="backprop",
+        builder="scrimp.gradient.backprop:backprop",
+        summary="exact gradients by backpropagation, summed over micro-batches",
+    ),
+    Piece(
+        choice="optimizer",
+        name="adamw",
+        builder="scrimp.optim.named:adamw",
+        summary="Adam with decoupled weight decay, two moments a parameter (torch's fused kernel)",
+    ),
+    Piece(
+        choice="activations",
+        name="everything",
+        builder="scrimp.activations.everything:everything",
+        summary="the backward pass keeps all it needs",
+    ),
+    Piece(
+        choice="placement",
+        name="device",
+        builder="scrimp.placement.device:device",
+        summary="everything lives on the training device",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        name="adamw",
+        pieces={"optimizer": "adamw"},
+        terms="optimizer state: 8 bytes a parameter (two fp32 moments)",
+        source="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101; torch.optim.AdamW(fused=True)",
+        reported="full-rank Adam, C4 perplexity 34.06 at 60M, 25.08 at 130M, 18.80 at 350M, 15.56 at 1B "
+        "(bf16 weights and states; GaLore, arXiv 2403.03507, table 2)",
+    ),
+)
+
+
+def names(choice: Choice) -> tuple[str, ...]:
+    """Return the names a recipe may give for `choice`."""
+    return tuple(piece.name for piece in PIECES if piece.choice == choice)
+
+
+def piece(choice: Choice, name: str) -> Piece:
+    """Look a piece up.
+
+    Raises:
+        ScrimpError: There is none of that name; the message names the nearest and all of them.
+    """
+    for candidate in PIECES:
+        if candidate.choice == choice and candidate.name == name:
+            return candidate
+    known = names(choice)
+    raise ScrimpError(
+        f"{choice}.name: there is no {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+    )

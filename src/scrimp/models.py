@@ -1,0 +1,262 @@
+"""Models: where one comes from, how it is made or loaded, and how it is saved for others.
+
+A name is tried as a named shape, as something on this disk (a Hugging Face folder, a run folder, a
+GGUF file), and last as a hub id. Finding out imports no torch. Weights are read by transformers
+tensor by tensor into place, from safetensors or GGUF only: a pickled checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from scrimp.base import extras
+from scrimp.base.errors import ScrimpError
+from scrimp.base.suggest import did_you_mean
+from scrimp.shapes import CONTEXT, SHAPES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+HUB_SECONDS = 5.0  # of silence from the hub before it counts as unreachable
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: The name it was asked for by; paths are absolute.
+        kind: A named shape, a Hugging Face folder, or a GGUF file.
+        path: The folder or file; None for a named shape.
+    """
+
+    name: str
+    kind: Literal["shape", "folder", "gguf"]
+    path: Path | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to start from."""
+        if self.kind == "folder":
+            assert self.path is not None
+            return any(self.path.glob("*.safetensors"))
+        return self.kind == "gguf"
+
+
+def locate(name: str, *, trust_remote_code: bool = False) -> Source:
+    """Find a model by name, asking the hub only for what is not on this machine.
+
+    Raises:
+        ScrimpError: There is no such model, it cannot be used, or the hub cannot be reached.
+    """
+    if name in SHAPES:
+        return Source(name, "shape")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file(path.resolve())
+    if path.is_dir():
+        return _folder(path.resolve(), trust_remote_code=trust_remote_code)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")) or path.suffix == ".gguf":
+        raise ScrimpError(f"model {name!r}: there is no such file or folder{did_you_mean(name, SHAPES)}")
+    folder = _hub(name)
+    _folder(folder, trust_remote_code=trust_remote_code)
+    return Source(name, "folder", folder)
+
+
+def _file(path: Path) -> Source:
+    if path.suffix != ".gguf":
+        raise ScrimpError(
+            f"model {path}: a single file must be a .gguf file; for safetensors name the folder that also "
+            "holds config.json"
+        )
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ScrimpError(f"model {path}: this is no GGUF file (its first four bytes are not 'GGUF')")
+    extras.require("gguf", extra="gguf", purpose="reading a GGUF file")
+    return Source(str(path), "gguf", path)
+
+
+def _folder(path: Path, *, trust_remote_code: bool) -> Source:
+    if (path / "recipe.yaml").is_file():
+        if not (path / "model").is_dir():
+            raise ScrimpError(
+                f"model {path}: this run has not finished, so it holds no model yet; "
+                f"finish it with: scrimp train --out {path} --resume"
+            )
+        path = path / "model"
+    config = path / "config.json"
+    if not config.is_file():
+        raise ScrimpError(f"model {path}: the folder holds no config.json, so it is no Hugging Face model")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ScrimpError(f"model {config}: it is not JSON: {error}") from None
+    _check_code(path, values, trust_remote_code=trust_remote_code)
+    if not any(path.glob("*.safetensors")) and (pickled := [*path.glob("*.bin"), *path.glob("*.pt*")]):
+        raise ScrimpError(
+            f"model {path}: its weights are pickled ({pickled[0].name}), which could run code when read; "
+            "convert them to safetensors first"
+        )
+    return Source(str(path), "folder", path)
+
+
+def _check_code(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:
+        return
+    if "auto_map" not in config:
+        raise ScrimpError(f"model {path}: transformers knows no model type {kind!r}; is it too old for this model?")
+    if not trust_remote_code:
+        raise ScrimpError(
+            f"model {path}: it needs Python code of its own ({config['auto_map']}); "
+            "read that code, and if you trust it add --trust-remote-code"
+        )
+
+
+def _hub(name: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+            return cached
+    local = f"On this machine there are the named shapes {', '.join(SHAPES)}; a folder or a .gguf file works too."
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise ScrimpError(
+            f"model {name!r}: neither a named shape{did_you_mean(name, SHAPES)}, nor a file or folder here, "
+            f"nor a model the hub shows you. {local}"
+        ) from None
+    except Exception as error:
+        raise ScrimpError(
+            f"model {name!r}: not on this machine{did_you_mean(name, SHAPES)}, and the Hugging Face hub cannot be "
+            f"reached ({type(error).__name__}). {local}"
+        ) from None
+
+
+def load_config(source: Source, *, vocab: int, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a model.
+
+    Args:
+        source: Where it comes from.
+        vocab: Size of the tokenizer, for a shape that takes it from there.
+        trust_remote_code: Let the model's own Python code run.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if source.kind == "shape":
+        shape = SHAPES[source.name]
+        return LlamaConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_attention_heads=shape.heads,
+            num_hidden_layers=shape.layers,
+            vocab_size=shape.vocab or vocab,
+            tie_word_embeddings=shape.tied,
+            max_position_embeddings=CONTEXT,
+        )
+    assert source.path is not None
+    if source.kind == "gguf":
+        return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+    return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+
+
+def create(
+    config: PreTrainedConfig, *, seed: int, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Make a model with random weights drawn from `seed`, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def create_empty(
+    config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Make a model whose weights are yet to be read into place, without drawing any."""
+    from transformers import initialization
+
+    with initialization.no_init_weights():
+        return create(config, seed=0, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a model with its stored weights, on the CPU.
+
+    Raises:
+        ScrimpError: There are no weights, or they do not fit the model.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if not source.has_weights:
+        raise ScrimpError(f"model {source.name}: it holds no weights; start from random ones with --model.init scratch")
+    assert source.path is not None
+    gguf = source.kind == "gguf"
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.path.parent if gguf else source.path,
+                gguf_file=source.path.name if gguf else None,
+                quantization_config=GgufConfig(dequantize=True) if gguf else None,
+                dtype=dtype,
+                use_safetensors=None if gguf else True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ScrimpError(f"model {source.name}: it cannot be loaded: {' '.join(str(error).split())}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ScrimpError(f"model {source.name}: {len(missing)} tensors are missing, {missing[0]!r} among them")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and notices off the screen: the run draws its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader's bar obeys no switch of transformers.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the longest sequence the model's positions allow, or None where there is no limit."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def export(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder.
+
+    Shards of at most 2 GB bound what is copied to the host at a time; on a CPU nothing is copied.
+    """
+    with _quiet():
+        model.save_pretrained(folder, max_shard_size="2GB")
+        tokenizer.save_pretrained(folder)

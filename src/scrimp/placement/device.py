@@ -1,0 +1,25 @@
+"""Everything lives on the training device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+class OneDevice:
+    """Keep weights, gradients, state and activations on one device."""
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Move `model` to `device`."""
+        return model.to(device)
+
+    def context(self) -> AbstractContextManager[None]:
+        """Move nothing during a step."""
+        return nullcontext()
+
+
+def device() -> OneDevice:
+    """Build the placement on one device."""
+    return OneDevice()

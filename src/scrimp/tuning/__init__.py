@@ -1,0 +1,1 @@
+"""Tuning: which parameters train, and when."""

@@ -1,0 +1,1 @@
+"""Weights: how a matrix is stored and parametrised."""
