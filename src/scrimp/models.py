@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from scrimp.base import extras
 from scrimp.base.errors import ScrimpError
@@ -110,13 +110,15 @@ def _folder(path: Path, *, trust_remote_code: bool) -> Source:
 
 
 def _check_code(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING_NAMES:
+    if kind in CONFIG_MAPPING:
         return
     if "auto_map" not in config:
-        raise ScrimpError(f"model {path}: transformers knows no model type {kind!r}; is it too old for this model?")
+        raise ScrimpError(
+            f"model {path}: transformers knows no model type {kind!r}; is it too old for this model?"
+        )
     if not trust_remote_code:
         raise ScrimpError(
             f"model {path}: it needs Python code of its own ({config['auto_map']}); "
@@ -132,7 +134,9 @@ def _hub(name: str) -> Path:
         cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
         if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
             return cached
-    local = f"On this machine there are the named shapes {', '.join(SHAPES)}; a folder or a .gguf file works too."
+    local = (
+        f"On this machine there are the named shapes {', '.join(SHAPES)}; a folder or a .gguf file works too."
+    )
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
@@ -143,8 +147,8 @@ def _hub(name: str) -> Path:
         ) from None
     except Exception as error:
         raise ScrimpError(
-            f"model {name!r}: not on this machine{did_you_mean(name, SHAPES)}, and the Hugging Face hub cannot be "
-            f"reached ({type(error).__name__}). {local}"
+            f"model {name!r}: not on this machine{did_you_mean(name, SHAPES)}, and the Hugging Face hub cannot "
+            f"be reached ({type(error).__name__}). {local}"
         ) from None
 
 
@@ -171,8 +175,10 @@ def load_config(source: Source, *, vocab: int, trust_remote_code: bool = False) 
         )
     assert source.path is not None
     if source.kind == "gguf":
-        return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
-    return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+    else:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    return cast("PreTrainedConfig", config)
 
 
 def create(
@@ -184,7 +190,8 @@ def create(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return cast("PreTrainedModel", model)
 
 
 def create_empty(
@@ -206,12 +213,15 @@ def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if not source.has_weights:
-        raise ScrimpError(f"model {source.name}: it holds no weights; start from random ones with --model.init scratch")
+        raise ScrimpError(
+            f"model {source.name}: it holds no weights; start from random ones with --model.init scratch"
+        )
     assert source.path is not None
     gguf = source.kind == "gguf"
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+            model, report = from_pretrained(
                 source.path.parent if gguf else source.path,
                 gguf_file=source.path.name if gguf else None,
                 quantization_config=GgufConfig(dequantize=True) if gguf else None,
@@ -221,11 +231,15 @@ def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False)
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ScrimpError(f"model {source.name}: it cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ScrimpError(
+            f"model {source.name}: it cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ScrimpError(f"model {source.name}: {len(missing)} tensors are missing, {missing[0]!r} among them")
-    return model
+        raise ScrimpError(
+            f"model {source.name}: {len(missing)} tensors are missing, {missing[0]!r} among them"
+        )
+    return cast("PreTrainedModel", model)
 
 
 @contextlib.contextmanager

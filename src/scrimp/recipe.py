@@ -46,6 +46,10 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Auto = BeforeValidator(_auto_is_none)
 
 
+def _one_is_a_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, strict about its keys."""
 
@@ -63,33 +67,45 @@ class Model(Section):
     """Which model trains, and from which weights."""
 
     name: str = Field(
-        "llama-1m", min_length=1, description="named shape, local folder, GGUF file, or Hugging Face hub id"
+        default="llama-1m",
+        min_length=1,
+        description="named shape, local folder, GGUF file, or Hugging Face hub id",
     )
     init: Literal["auto", "scratch", "weights"] = Field(
-        "auto", description="start from random weights or the stored ones; auto: stored ones where there are any"
+        default="auto",
+        description="start from random weights or the stored ones; auto: stored ones where there are any",
     )
 
 
 class Data(Section):
     """Which text it trains on, and how sequences are cut from it."""
 
-    path: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
-        (), description="files, globs, folders or a dataset id; none: the Python standard library's source"
+    path: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_tuple)] = Field(
+        default=(),
+        description="files, globs, folders or a dataset id; none: the Python standard library's source",
     )
     tokenizer: str | None = Field(
-        None, description="tokenizer.json, folder or hub id; none: the model's own, or bytes for a named shape"
+        default=None,
+        description="tokenizer.json, folder or hub id; none: the model's own, or bytes for a named shape",
     )
-    text_key: str = Field("text", min_length=1, description="column that holds the text of a jsonl or parquet row")
+    text_key: str = Field(
+        default="text", min_length=1, description="column that holds the text of a jsonl or parquet row"
+    )
     packing: Literal["packed", "padded"] = Field(
-        "packed", description="packed: documents end to end; padded: one document a row (the papers' protocol)"
+        default="packed",
+        description="packed: documents end to end; padded: one document a row (the papers' protocol)",
     )
     boundaries: Literal["join", "isolate"] = Field(
-        "join", description="isolate: no attention across documents in a packed row, positions restart"
+        default="join",
+        description="isolate: no attention across documents in a packed row, positions restart",
     )
     long: Literal["split", "cut"] = Field(
-        "split", description="padded rows: split a long document into several rows, or cut it and say what is lost"
+        default="split",
+        description="padded rows: split a long document into several rows, or cut it and say what is lost",
     )
-    held_out: float = Field(0.02, ge=0, lt=1, description="share of the documents kept for evaluation")
+    held_out: float = Field(
+        default=0.02, ge=0, lt=1, description="share of the documents kept for evaluation"
+    )
 
     @field_validator("text_key", mode="after")
     @classmethod
@@ -102,33 +118,35 @@ class Data(Section):
 class Weights(Section):
     """How a matrix is stored and parametrised."""
 
-    name: str = Field("dense", description="parametrisation of the weights")
+    name: str = Field(default="dense", description="parametrisation of the weights")
 
 
 class Tune(Section):
     """Which parameters train, and when."""
 
-    name: str = Field("full", description="what trains")
+    name: str = Field(default="full", description="what trains")
 
 
 class Gradient(Section):
     """Where the gradient comes from."""
 
-    name: str = Field("backprop", description="gradient estimator")
+    name: str = Field(default="backprop", description="gradient estimator")
 
 
 class Optimizer(Section):
     """How a gradient becomes a step."""
 
-    name: str = Field("adamw", description="optimizer")
+    name: str = Field(default="adamw", description="optimizer")
     lr: Annotated[float | None, Auto] = Field(
-        None, gt=0, description="peak learning rate; none: one that suits the model"
+        default=None, gt=0, description="peak learning rate; none: one that suits the model"
     )
     betas: Annotated[tuple[float, float], BeforeValidator(_split)] = Field(
-        (0.9, 0.999), description="decay rates of the two moments"
+        default=(0.9, 0.999), description="decay rates of the two moments"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled decay of matrices; norms and biases have none")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decoupled decay of matrices; norms and biases have none"
+    )
 
     @field_validator("betas", mode="after")
     @classmethod
@@ -141,40 +159,49 @@ class Optimizer(Section):
 class Activations(Section):
     """What the backward pass keeps."""
 
-    name: str = Field("everything", description="what the backward pass keeps")
+    name: str = Field(default="everything", description="what the backward pass keeps")
 
 
 class Placement(Section):
     """Where tensors live."""
 
-    name: str = Field("device", description="where tensors live")
+    name: str = Field(default="device", description="where tensors live")
 
 
 class Schedule(Section):
     """The learning rate over the run, as a multiple of `optimizer.lr`."""
 
     name: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine", description="shape after warm-up; wsd: stable, then a linear decay"
+        default="cosine", description="shape after warm-up; wsd: stable, then a linear decay"
     )
-    warmup: float = Field(0.05, ge=0, description="warm-up in steps, or below 1 as a share of the run")
-    floor: float = Field(0.1, ge=0, le=1, description="the multiple that linear, cosine and wsd end at")
-    decay: float = Field(0.2, gt=0, description="wsd: length of the decay in steps, or up to 1 as a share of the run")
+    warmup: float = Field(
+        default=0.05, ge=0, description="warm-up in steps, or below 1 as a share of the run"
+    )
+    floor: float = Field(
+        default=0.1, ge=0, le=1, description="the multiple that linear, cosine and wsd end at"
+    )
+    decay: float = Field(
+        default=0.2, gt=0, description="wsd: length of the decay in steps, or below 1 as a share of the run"
+    )
 
 
 class Evaluation(Section):
     """When and on how much held-out text the loss is taken."""
 
-    every: Annotated[Count | None, Auto] = Field(None, description="steps between evaluations; none: a tenth of the run")
-    tokens: Count = Field(32_768, description="held-out tokens, rounded up to whole documents")
+    every: Annotated[Count | None, Auto] = Field(
+        default=None, description="steps between evaluations; none: a tenth of the run"
+    )
+    tokens: Count = Field(default=32_768, description="held-out tokens, rounded up to whole documents")
 
 
 class Checkpoint(Section):
     """When the run is saved, and how many saves stay."""
 
     every: Annotated[Count | None, Auto] = Field(
-        None, description="steps between checkpoints; none: a tenth of the run (and every ten minutes)"
+        default=None,
+        description="steps between checkpoints; none: a tenth of the run (and every ten minutes)",
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints that stay, besides the best one")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay, besides the best one")
 
 
 class Recipe(Section):
@@ -191,30 +218,40 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
-    steps: Annotated[Count | None, Auto] = Field(None, description="optimizer steps; none: one pass over the data")
-    tokens: Annotated[Count | None, Auto] = Field(None, description="training tokens, in place of steps")
-    batch: Annotated[Count | None, Auto] = Field(None, description="sequences an optimizer step")
+    steps: Annotated[Count | None, Auto] = Field(
+        default=None, description="optimizer steps; none: one pass over the data"
+    )
+    tokens: Annotated[Count | None, Auto] = Field(
+        default=None, description="training tokens, in place of steps"
+    )
+    batch: Annotated[Count | None, Auto] = Field(default=None, description="sequences an optimizer step")
     micro_batch: Annotated[Count | None, Auto] = Field(
-        None, description="sequences at a time; divides batch; none: as many as fit the memory"
+        default=None, description="sequences at a time; divides batch; none: as many as fit the memory"
     )
-    seq: Annotated[Count | None, Auto] = Field(None, description="tokens a sequence")
-    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
-    seed: int = Field(0, ge=0, description="every random stream is derived from it by name")
+    seq: Annotated[Count | None, Auto] = Field(default=None, description="tokens a sequence")
+    clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 does not clip")
+    seed: int = Field(default=0, ge=0, description="every random stream is derived from it by name")
     precision: Precision = Field(
-        "auto", description="fp32, bf16-mixed (fp32 weights, autocast) or bf16 (pure); auto: by device"
+        default="auto",
+        description="fp32, bf16-mixed (fp32 weights, autocast) or bf16 (pure); auto: by device",
     )
-    device: Device = Field("auto", description="where the model trains")
-    deterministic: bool = Field(False, description="bit-for-bit repeats on CUDA, at the cost of slower kernels")
-    threads: Annotated[Count | None, Auto] = Field(None, description="CPU threads; none: the cores this process may use")
+    device: Device = Field(default="auto", description="where the model trains")
+    deterministic: bool = Field(
+        default=False, description="bit-for-bit repeats on CUDA, at the cost of slower kernels"
+    )
+    threads: Annotated[Count | None, Auto] = Field(
+        default=None, description="CPU threads; none: the cores this process may use"
+    )
     memory: Annotated[str | None, Auto] = Field(
-        None, description="memory budget such as 6GiB; none: what the machine has free"
+        default=None, description="memory budget such as 6GiB; none: what the machine has free"
     )
-    compile: bool | None = Field(None, description="torch.compile the model; none: no")
+    compile: bool | None = Field(default=None, description="torch.compile the model; none: no")
     nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="on a non-finite loss: stop and name the last good checkpoint, or skip the step"
+        default="stop",
+        description="on a non-finite loss: stop and name the last good checkpoint, or skip the step",
     )
     log: Annotated[tuple[Logger, ...], BeforeValidator(_split)] = Field(
-        (), description="where metrics go besides metrics.jsonl"
+        default=(), description="where metrics go besides metrics.jsonl"
     )
 
     @field_validator("weights", "tune", "gradient", "optimizer", "activations", "placement", mode="after")

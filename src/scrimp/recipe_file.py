@@ -61,3 +61,12 @@ def dumps(recipe: Recipe, recorded: dict[str, Any] | None = None) -> str:
     if recorded:
         tree[RECORDED] = recorded
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a YAML file, such as a run's `recipe.yaml`.
+
+    Raises:
+        ScrimpError: The file is missing, is no YAML, would build objects, or holds no valid recipe.
+    """
+    return read(Path(path)).recipe

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.base.protocols import Batch
-
-IGNORED = -100
+from scrimp.base.protocols import IGNORED, Batch
 
 
 class TokenLoss:
@@ -43,7 +41,8 @@ class TokenLoss:
             output.logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         if balance is not None:
-            loss = loss + self.model.config.router_aux_loss_coef * balance.to(loss.device) * batch.targets
+            weight: Any = self.model.config
+            loss = loss + weight.router_aux_loss_coef * balance.to(loss.device) * batch.targets
         return loss / divisor
 
     def _forward(self, batch: Batch) -> Any:

@@ -21,7 +21,7 @@ class MissingExtraError(ScrimpError):
         self.extra = extra
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 - it is no error: the run was saved
+class Interrupted(KeyboardInterrupt):
     """A run stopped by a signal after it finished its step and saved a checkpoint.
 
     It derives from `KeyboardInterrupt` so that a notebook shows it as the interruption it is.

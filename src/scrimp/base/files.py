@@ -2,9 +2,7 @@
 
 Everything is written under a temporary name beside its place, synced, renamed, and the folder
 synced. A program killed at any instant, or a machine that loses power, leaves the earlier state
-or the new one.
-
-The names, all hidden and all in the folder of the thing itself:
+or the new one. The temporary names:
 
     .partial-NAME   being written; worthless after a kill
     .old-NAME       a folder set aside while its successor takes its name: no system can swap two
@@ -20,7 +18,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,7 +52,7 @@ def make_directory(path: Path) -> None:
 
 def create(path: Path) -> BinaryIO:
     """Open a new or emptied file for writing, unbuffered: what `write` returns from is written."""
-    return path.open("wb", buffering=0)  # type: ignore[return-value]  # FileIO is all a BinaryIO needs
+    return path.open("wb", buffering=0)
 
 
 def write(file: BinaryIO, data: bytes | memoryview) -> None:
@@ -67,13 +64,12 @@ def write(file: BinaryIO, data: bytes | memoryview) -> None:
 
 def fsync(path: Path) -> None:
     """Bring a file's content to the disk."""
-    with path.open("r+b") as file:  # Windows syncs only what is open for writing
-        platform.fsync_file(file.fileno())
+    platform.fsync_file(path)
 
 
 def rename(source: Path, target: Path) -> None:
     """Give a file or folder another name, in place of a file that may have it."""
-    os.replace(source, target)
+    source.replace(target)
 
 
 def fsync_directory(path: Path) -> None:
@@ -260,12 +256,13 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _explanation(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
     if error.errno in _NO_SPACE:
         free = _free_space(path.parent)
         return f"no space left to write {path}{free}: free some, or choose a folder on another disk"
     if error.errno in _NO_PERMISSION:
-        return f"{path} may not be written ({error.strerror}): change its permissions, or choose another folder"
-    return f"{path} could not be written ({error.strerror or error}): check the disk, or choose another folder"
+        return f"{path} may not be written ({reason}): change its permissions, or choose another folder"
+    return f"{path} could not be written ({reason}): check the disk, or choose another folder"
 
 
 def _free_space(folder: Path) -> str:

@@ -6,7 +6,6 @@ itself stays: deleting it would let a third program lock another file of the sam
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

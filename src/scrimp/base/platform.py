@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,19 +26,13 @@ _ROOT = Path("/")
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def fsync_file(descriptor: int, *, system: str = sys.platform) -> None:
-    """Make the content of an open file survive a power cut."""
-    if system == "darwin":
-        # There fsync leaves the data in the drive's own cache; this command empties that too.
-        # Not every file system knows it, and fsync is then the best there is.
-        import fcntl
-
-        try:
-            fcntl.fcntl(descriptor, getattr(fcntl, "F_FULLFSYNC", 51))
+def fsync_file(path: Path, *, system: str = sys.platform) -> None:
+    """Make a file's content survive a power cut."""
+    # Windows syncs only what is open for writing; elsewhere a read-only file can be synced too.
+    with path.open("r+b" if system == "win32" else "rb") as file:
+        if system == "darwin" and _empty_drive_cache(file.fileno()):
             return
-        except OSError:
-            pass
-    os.fsync(descriptor)
+        os.fsync(file.fileno())
 
 
 def fsync_directory(path: Path, *, system: str = sys.platform) -> None:
@@ -65,7 +60,8 @@ def peak_resident_bytes(*, system: str = sys.platform) -> int:
     if system == "linux":
         return _linux_peak()
     if system == "win32":
-        return int(_process(os.getpid()).memory_info().peak_wset)
+        windows_memory: Any = _process(os.getpid()).memory_info()  # its fields differ by system
+        return int(windows_memory.peak_wset)
     return _rusage_peak(unit=1 if system == "darwin" else 1024)
 
 
@@ -121,6 +117,17 @@ def passive_openmp() -> Iterator[None]:
         yield
     finally:
         os.environ.pop("OMP_WAIT_POLICY", None)
+
+
+def _empty_drive_cache(descriptor: int) -> bool:
+    """On macOS, where fsync leaves the data in the drive's own cache; tell whether it worked."""
+    import fcntl  # absent on Windows
+
+    try:
+        fcntl.fcntl(descriptor, getattr(fcntl, "F_FULLFSYNC", 51))
+    except OSError:  # not every file system knows it, and fsync is then the best there is
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

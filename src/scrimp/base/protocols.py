@@ -13,21 +13,27 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+IGNORED = -100  # the label of what is not to be predicted; torch's and transformers' convention
+
 
 class Batch(Protocol):
-    """A micro-batch: `batch` sequences of `seq` tokens.
+    """A micro-batch: `batch` sequences of `seq` tokens."""
 
-    Attributes:
-        input_ids: (batch, seq) int64.
-        labels: (batch, seq) int64, the token after each input token; -100 is no target.
-        position_ids: (batch, seq) int64, or None where positions run through.
-        targets: How many labels are targets.
-    """
+    @property
+    def input_ids(self) -> Tensor:
+        """(batch, seq) int64."""
 
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor | None
-    targets: int
+    @property
+    def labels(self) -> Tensor:
+        """(batch, seq) int64, the token after each input token; `IGNORED` is no target."""
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """(batch, seq) int64, or None where positions run through."""
+
+    @property
+    def targets(self) -> int:
+        """How many labels are targets."""
 
 
 LossFunction = Callable[[Batch], Tensor]

@@ -22,7 +22,7 @@ class Backprop:
         losses = []
         for micro in batch:
             value = loss(micro)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             losses.append(value.detach())
         return torch.stack(losses).sum()
 

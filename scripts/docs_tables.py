@@ -1,0 +1,92 @@
+"""Write the tables of the documentation from the code, so that they cannot lie.
+
+A page marks the place with `<!-- table: NAME -->` and `<!-- end of table -->`.
+`python scripts/docs_tables.py` rewrites what stands between; `tests/test_docs.py` fails while a page
+differs from the code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from scrimp.methods import METHODS
+from scrimp.recipe import fields
+from scrimp.shapes import SHAPES
+
+DOCS = Path(__file__).parents[1] / "docs"
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+
+
+def _plain(value: object) -> str:
+    """Write a default as it would stand in a recipe."""
+    if value is None or value == ():
+        return ""
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return "`" + text.removesuffix("...\n").strip() + "`"
+
+
+def fields_table() -> str:
+    """Every field of a recipe, its default and what it means."""
+    rows = [(f"`{name}`", _plain(info.default), info.description) for name, info in fields().items()]
+    return _table(("field", "default", "meaning"), rows)
+
+
+def shapes_table() -> str:
+    """Every named shape; parameters with its own vocabulary, or that of bytes."""
+    rows = [
+        (
+            f"`{name}`",
+            f"{shape.parameters(shape.vocab or 259) / 1e6:,.1f} M",
+            *(str(number) for number in (shape.hidden, shape.ffn, shape.heads, shape.layers)),
+            f"{shape.vocab:,}" if shape.vocab else "the tokenizer's",
+        )
+        for name, shape in SHAPES.items()
+    ]
+    return _table(("name", "parameters", "hidden", "ffn", "heads", "layers", "vocabulary"), rows)
+
+
+def methods_table() -> str:
+    """The catalogue."""
+    rows = [
+        (
+            f"`{method.name}`",
+            ", ".join(f"`{choice}: {piece}`" for choice, piece in method.pieces.items()),
+            method.terms,
+            method.source,
+            method.reported,
+        )
+        for method in METHODS
+    ]
+    return _table(("method", "pieces", "memory", "source", "reported there"), rows)
+
+
+TABLES = {"fields": fields_table, "shapes": shapes_table, "methods": methods_table}
+
+
+def with_tables(page: str) -> str:
+    """Return a page with its tables written anew."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]]()}\n\n{place[4]}", page)
+
+
+def main() -> None:
+    """Rewrite every page that has a table."""
+    for path in sorted(DOCS.rglob("*.md")):
+        old = path.read_text(encoding="utf-8")
+        new = with_tables(old)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"wrote {path.relative_to(DOCS.parent)}")
+
+
+if __name__ == "__main__":
+    main()

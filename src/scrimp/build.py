@@ -1,0 +1,327 @@
+"""Names into objects: the one place that sees all six choices.
+
+    recipe ──> inspect ──> prepare ──> resolve ──> build ──> Job
+
+`inspect` looks at what the recipe names without importing torch, so that most mistakes are found at
+once. `prepare` tokenises. `resolve` fills every field that was left open, by rules that depend on the
+model, the data and the machine (`scrimp.resolve`). `build` makes the objects that the training loop runs.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from scrimp import data, models
+from scrimp.base import extras
+from scrimp.base.errors import ScrimpError
+from scrimp.base.seeds import derive
+from scrimp.methods import Choice, piece
+from scrimp.recipe import Recipe, replace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from scrimp.activations.loss import TokenLoss
+    from scrimp.base.ledger import Ledger
+    from scrimp.base.protocols import Activations, Estimator, Parametrisation, Placement
+    from scrimp.data import Corpus, Loader, Sources
+
+Say = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a recipe names, found but not yet read.
+
+    Attributes:
+        recipe: The recipe, with absolute paths.
+        model: Where the model comes from.
+        tokenizer: Where the tokenizer comes from; None is the byte-level one.
+        sources: Where the text comes from.
+        cache: Folder of the token files.
+        trust_remote_code: Whether the model's own code may run.
+    """
+
+    recipe: Recipe
+    model: models.Source
+    tokenizer: Path | None
+    sources: Sources
+    cache: Path
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A recipe's inputs, read: tokenizer, tokens and the model's configuration."""
+
+    inputs: Inputs
+    tokenizer: PreTrainedTokenizerFast
+    corpus: Corpus
+    config: PreTrainedConfig
+
+    @property
+    def pad_id(self) -> int:
+        """What fills short rows: never a target, so any token will do where there is none for it."""
+        given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        return int(next(token for token in given if token is not None))
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """All that the training loop runs.
+
+    Attributes:
+        recipe: The resolved recipe.
+        prepared: Its inputs.
+        device: Where it trains.
+        model: The model, on `device`.
+        weights: How its matrices are stored.
+        trained: The parameters that train, by name.
+        loss: The loss over a micro-batch.
+        estimator: Where gradients come from.
+        optimizer: How they become steps.
+        activations: What the backward pass keeps.
+        placement: Where tensors live.
+        loader: The training batches.
+        ledger: The predicted memory.
+        identity: Fingerprint of the model's architecture; a checkpoint of another one is refused.
+    """
+
+    recipe: Recipe
+    prepared: Prepared
+    device: torch.device
+    model: PreTrainedModel
+    weights: Parametrisation
+    trained: dict[str, nn.Parameter]
+    loss: TokenLoss
+    estimator: Estimator
+    optimizer: torch.optim.Optimizer
+    activations: Activations
+    placement: Placement
+    loader: Loader
+    ledger: Ledger
+    identity: str
+
+
+def inspect(recipe: Recipe, *, cache: Path | None = None, trust_remote_code: bool = False) -> Inputs:
+    """Find everything a recipe names, without importing torch.
+
+    Raises:
+        ScrimpError: Something is not there, or needs a package that is not installed.
+    """
+    for logger in recipe.log:
+        extras.require(logger, extra=logger, purpose=f"--log {logger}")
+    model = models.locate(recipe.model.name, trust_remote_code=trust_remote_code)
+    sources = data.find_sources(recipe.data.path)
+    absolute: dict[str, Any] = {
+        "model.name": model.name,
+        "data.path": [_absolute(p) for p in recipe.data.path],
+    }
+    tokenizer = _find_tokenizer(recipe, model)
+    if recipe.data.tokenizer is not None:
+        absolute["data.tokenizer"] = str(tokenizer)
+    return Inputs(
+        recipe=replace(recipe, absolute),
+        model=model,
+        tokenizer=tokenizer,
+        sources=sources,
+        cache=cache or data.cache_folder(),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _absolute(path: str) -> str:
+    """Make a file, folder or pattern independent of the working folder; a dataset id stays as it is."""
+    where = Path(path).expanduser()
+    return str(where.absolute()) if where.exists() or glob.has_magic(path) else path
+
+
+def _find_tokenizer(recipe: Recipe, model: models.Source) -> Path | None:
+    named = recipe.data.tokenizer
+    if named is None:
+        return model.path
+    path = Path(named).expanduser()
+    if path.exists():
+        return path.resolve()
+    return models.locate(named).path
+
+
+def prepare(inputs: Inputs, say: Say) -> Prepared:
+    """Read the tokenizer and the model's configuration, and tokenise the text (once: it is cached).
+
+    Raises:
+        ScrimpError: The data is empty or broken, or the tokenizer does not fit the model.
+    """
+    recipe = inputs.recipe
+    say("reading the tokenizer", None)
+    tokenizer = data.byte_tokenizer() if inputs.tokenizer is None else data.load_tokenizer(inputs.tokenizer)
+    config = models.load_config(
+        inputs.model, vocab=len(tokenizer), trust_remote_code=inputs.trust_remote_code
+    )
+    vocab = config.get_text_config().vocab_size
+    needed = _tokens_needed(tokenizer)
+    if needed > vocab:
+        raise ScrimpError(
+            f"the tokenizer has {needed} tokens and model {recipe.model.name} only {vocab}: "
+            "choose another one with --data.tokenizer"
+        )
+    corpus = data.prepare(
+        inputs.sources,
+        tokenizer,
+        text_key=recipe.data.text_key,
+        held_out=recipe.data.held_out,
+        cache=inputs.cache,
+        progress=say,
+    )
+    return Prepared(inputs=inputs, tokenizer=tokenizer, corpus=corpus, config=config)
+
+
+def _tokens_needed(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Count the vocabulary up to its last token that a text can hold.
+
+    T5's tokenizer, which the GaLore papers use with 32,000 rows of embedding, ends in 100 sentinels
+    that no text becomes.
+    """
+    used = [number for token, number in tokenizer.get_vocab().items() if not token.startswith("<extra_id_")]
+    return max(used) + 1
+
+
+def make_loader(prepared: Prepared, recipe: Recipe) -> Loader:
+    """Make the training batches of a recipe whose `seq`, `batch` and `micro_batch` are given."""
+    from scrimp.data.loader import Loader
+
+    assert recipe.seq is not None and recipe.batch is not None and recipe.micro_batch is not None
+    return Loader(
+        prepared.corpus.train,
+        seq=recipe.seq,
+        batch=recipe.batch,
+        micro_batch=recipe.micro_batch,
+        packing=recipe.data.packing,
+        boundaries=recipe.data.boundaries,
+        long=recipe.data.long,
+        seed=recipe.seed,
+        pad_id=prepared.pad_id,
+    )
+
+
+def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, say: Say) -> Job:
+    """Make the objects of a resolved recipe.
+
+    Args:
+        prepared: The recipe's inputs.
+        recipe: The resolved recipe.
+        ledger: Its predicted memory.
+        empty: Leave the weights to be read from a checkpoint.
+        say: Told what is going on.
+
+    Raises:
+        ScrimpError: The model cannot do what the recipe asks of it.
+    """
+    import torch
+
+    from scrimp.activations.loss import TokenLoss
+
+    device = torch.device(recipe.device)
+    placement = _piece("placement", recipe)()
+    weights, tune = _piece("weights", recipe)(), _piece("tune", recipe)()
+    say("building the model", None)
+    model = _make_model(prepared, recipe, empty=empty)
+    weights.apply(model)
+    trained = tune.select(model)
+    model = placement.place(model, device)
+    if recipe.data.boundaries == "isolate":
+        _check_isolation(model, recipe, device)
+    settings = recipe.optimizer
+    optimizer = _piece("optimizer", recipe)(
+        trained.values(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    forward = cast("nn.Module", torch.compile(model)) if recipe.compile else model
+    return Job(
+        recipe=recipe,
+        prepared=prepared,
+        device=device,
+        model=model,
+        weights=weights,
+        trained=trained,
+        loss=TokenLoss(forward, autocast=torch.bfloat16 if recipe.precision == "bf16-mixed" else None),
+        estimator=_piece("gradient", recipe)(),
+        optimizer=optimizer,
+        activations=_piece("activations", recipe)(),
+        placement=placement,
+        loader=make_loader(prepared, recipe),
+        ledger=ledger,
+        identity=_identity(model),
+    )
+
+
+def _piece(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
+    module, _, function = piece(choice, getattr(recipe, choice).name).builder.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _make_model(prepared: Prepared, recipe: Recipe, *, empty: bool) -> PreTrainedModel:
+    import torch
+
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    trust = prepared.inputs.trust_remote_code
+    if empty:
+        return models.create_empty(prepared.config, dtype=dtype, trust_remote_code=trust)
+    if recipe.model.init == "weights":
+        return models.load(prepared.inputs.model, dtype=dtype, trust_remote_code=trust)
+    seed = derive(recipe.seed, "init")
+    model = models.create(prepared.config, seed=seed, dtype=dtype, trust_remote_code=trust)
+    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, special, getattr(prepared.tokenizer, special))
+        setattr(model.generation_config, special, getattr(prepared.tokenizer, special))
+    return model
+
+
+def _identity(model: nn.Module) -> str:
+    lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _check_isolation(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
+    """Refuse a model whose second document in a row sees the first one.
+
+    Whether restarted positions isolate documents depends on the model's own masking code, so it is
+    tried: changing the first document must not change the second one's logits.
+    """
+    import torch
+
+    length = 8
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    first = torch.arange(2 * length, device=device)[None]
+    second = first.clone()
+    second[:, :length] += length
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            seen = [
+                model(input_ids=row, position_ids=positions, use_cache=False).logits[:, length:]
+                for row in (first, second)
+            ]
+    except (TypeError, ValueError) as error:
+        seen = []
+        reason = f"it takes no positions ({error})"
+    else:
+        reason = "its attention crosses them"
+    model.train(was_training)
+    if not seen or not torch.equal(seen[0], seen[1]):
+        raise ScrimpError(
+            f"data.boundaries isolate: model {recipe.model.name} cannot keep documents of one row apart: "
+            f"{reason}; use --data.boundaries join, or --data.packing padded"
+        )

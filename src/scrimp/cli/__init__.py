@@ -1,0 +1,59 @@
+"""The command line: a thin reader of recipes. One file a command; none imports torch before it must."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from scrimp import __version__
+from scrimp.cli import doctor, evaluate, generate, methods, train, verify
+from scrimp.cli.guard import guarded, set_debug
+
+app = typer.Typer(
+    name="scrimp",
+    help="Train any language model in the memory you have.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "verify": verify.verify,
+    "methods": methods.methods,
+    "doctor": doctor.doctor,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(guarded(command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"scrimp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a mistake; allowed anywhere.")
+    ] = False,
+) -> None:
+    set_debug(debug)
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        arguments.remove("--debug")
+        arguments.insert(0, "--debug")
+    app(arguments, prog_name="scrimp")

@@ -1,0 +1,39 @@
+"""`scrimp methods`: the catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from scrimp.cli.guard import print_json
+from scrimp.methods import METHODS, PIECES
+
+
+def methods(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write the catalogue as one JSON document.")
+    ] = False,
+) -> None:
+    """List the methods, and the pieces that a recipe can name."""
+    if as_json:
+        print_json(
+            {"methods": [asdict(method) for method in METHODS], "pieces": [asdict(piece) for piece in PIECES]}
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    catalogue = Table(
+        "method", "pieces", "memory", "source", "reported", title="Methods", title_justify="left"
+    )
+    for method in METHODS:
+        pieces = ", ".join(f"{choice}: {name}" for choice, name in method.pieces.items())
+        catalogue.add_row(method.name, pieces, method.terms, method.source, method.reported)
+    console.print(catalogue)
+    pieces_table = Table("choice", "name", "what it is", title="Pieces", title_justify="left")
+    for piece in PIECES:
+        pieces_table.add_row(piece.choice, piece.name, piece.summary)
+    console.print(pieces_table)

@@ -1,0 +1,90 @@
+"""A recipe's fields as command-line options: every field has its dotted name, some a short one too.
+
+The options are made from the fields themselves, so that the two cannot drift apart. Values stay text
+until the recipe validates them, which gives one wording of each mistake for YAML and command line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from scrimp.recipe import Recipe, fields, replace
+
+SHORT = {
+    "model.name": "--model",
+    "data.path": "--data",
+    "tune.name": "--tune",
+    "optimizer.name": "--optimizer",
+    "optimizer.lr": "--lr",
+}
+_PREFIX = "field_"
+
+
+def option_names(field: str) -> list[str]:
+    """Return the option names of a dotted field, the short one first."""
+    dotted = f"--{field.replace('_', '-')}"
+    return [SHORT[field], dotted] if field in SHORT else [dotted]
+
+
+def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of a recipe; they arrive as the mapping `stated`.
+
+    Args:
+        command: A function whose parameter `stated` takes the given values by dotted name.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "stated"]
+    made = {_PREFIX + field.replace(".", "__"): field for field in fields()}
+
+    def wrapper(**given: Any) -> None:
+        stated = {field: given.pop(name) for name, field in made.items()}
+        command(stated={field: value for field, value in stated.items() if value not in (None, [])}, **given)
+
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(field))
+        for name, field in made.items()
+    ]
+    types = inspect.get_annotations(command, eval_str=True)
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[p.name]) for p in own]
+    wrapper.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *extra]}
+    wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
+    return wrapper
+
+
+def _annotation(field: str) -> Any:
+    info = fields()[field]
+    section, _, leaf = field.rpartition(".")
+    default = info.get_default(call_default_factory=True)
+    shown = "" if default in (None, (), "auto", False) else f" [default: {_plain(default)}]"
+    panel = f"Recipe: {section}" if section else "Recipe"
+    flag = info.annotation in (bool, bool | None)
+    kind = bool | None if flag else list[str] | None if field == "data.path" else str | None
+    names = [f"{name}/--no-{name[2:]}" if flag else name for name in option_names(field)]
+    metavar = None if flag else leaf.upper()
+    return Annotated[
+        kind,
+        typer.Option(
+            *names,
+            help=f"{info.description}{shown}",
+            rich_help_panel=panel,
+            metavar=metavar,
+            show_default=False,
+        ),
+    ]
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def stated_recipe(base: Recipe, stated: Mapping[str, Any]) -> Recipe:
+    """Return `base` with the options that were given.
+
+    Raises:
+        ScrimpError: A value is not allowed.
+    """
+    return replace(base, stated)

@@ -1,0 +1,1 @@
+"""Memory: what a run will need, and what it was seen to hold."""

@@ -1,0 +1,122 @@
+"""A run's folder: how it is chosen, refused, locked, and left clean.
+
+RUN/recipe.yaml      the resolved recipe and what it ran with
+RUN/metrics.jsonl    one line a step
+RUN/checkpoints/     see scrimp.training.checkpoint
+RUN/model/           the finished model, an ordinary Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scrimp.base import files
+from scrimp.base.errors import ScrimpError
+from scrimp.base.lock import run_lock
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The places of a run.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The finished model."""
+        return self.path / "model"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.recipe.is_file()
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuse a folder that a new run may not take.
+
+        Raises:
+            ScrimpError: It holds a run and `overwrite` is off, or it holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ScrimpError(f"out {self.path}: a file is in the way; choose another --out")
+        if self.is_run and not overwrite:
+            raise ScrimpError(
+                f"out {self.path}: this folder holds another run; go on with it by --resume, "
+                "replace it by --overwrite, or choose another --out"
+            )
+        if not self.is_run and self._strangers():
+            raise ScrimpError(
+                f"out {self.path}: this folder holds {self._strangers()[0]!r}, which is no run of scrimp; "
+                "choose an empty or a new --out"
+            )
+
+    def clear(self) -> None:
+        """Delete what a run of scrimp wrote here, and nothing else."""
+        files.remove_tree(self.checkpoints)
+        files.remove_tree(self.model)
+        for file in (self.metrics, self.recipe):
+            file.unlink(missing_ok=True)
+
+    def _strangers(self) -> list[str]:
+        if not self.path.is_dir():
+            return []
+        ours = {"recipe.yaml", "metrics.jsonl", "checkpoints", "model", ".lock"}
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+
+
+def next_free(name: str) -> RunFolder:
+    """Return `runs/NAME-N` with the first free N, made so that no other program takes it."""
+    plain = re.sub(r"[^\w.-]+", "-", Path(name).stem if name.endswith(".gguf") else Path(name).name).strip(
+        "-"
+    )
+    number = 1
+    with files.explained(RUNS):
+        RUNS.mkdir(exist_ok=True)
+        while True:
+            try:
+                (RUNS / f"{plain}-{number}").mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return RunFolder(RUNS / f"{plain}-{number}")
+
+
+@contextmanager
+def claimed(folder: RunFolder) -> Iterator[None]:
+    """Hold a run's folder against other programs; one that was made and stayed empty is removed."""
+    existed = folder.path.exists() and any(folder.path.iterdir())
+    with files.explained(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with run_lock(folder.path):
+            yield
+    finally:
+        if not existed and not folder.is_run:
+            (folder.path / ".lock").unlink(missing_ok=True)
+            if not any(folder.path.iterdir()):
+                folder.path.rmdir()

@@ -1,0 +1,312 @@
+"""The training loop.
+
+It knows the six protocols of `scrimp.base.protocols` and no method. One optimizer step:
+
+    micro-batches ──> estimator (loss / targets of the whole step) ──> clip ──> optimizer
+
+On a GPU a step's loss and gradient norm stay there while the next step is queued, and are read after
+it (`_Pending`), so that it never waits for the host. Whatever must know them at once (evaluation, a
+checkpoint, the end) reads them first. Every random draw of step s comes from a seed derived from
+the run's seed and s, so a resumed run needs no generator's state.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scrimp.base.errors import Interrupted, ScrimpError
+from scrimp.base.seeds import derive
+from scrimp.base.units import format_bytes, parse_bytes
+from scrimp.build import Job
+from scrimp.memory.measure import PeakMeter
+from scrimp.schedules import multiplier
+from scrimp.training import checkpoint
+from scrimp.training.evaluate import Evaluation, evaluate, on_device
+from scrimp.training.folder import RunFolder
+from scrimp.training.loggers import Logger
+from scrimp.training.metrics import Metrics, MetricsFile
+from scrimp.training.optimizer_state import optimizer_numbers, optimizer_tensors
+from scrimp.training.reporter import Reporter, Tick
+from scrimp.training.stopping import Stopper
+
+CHECKPOINT_SECONDS = 600.0  # the longest stretch of work that a crash may cost
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands: all that a checkpoint stores besides tensors.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Targets trained on.
+        skipped: Steps left out for a non-finite gradient.
+        last: The metrics of the last step.
+        evaluation: The last evaluation.
+        evaluated_step: The step it was made at.
+        best_loss: The lowest held-out loss that a checkpoint was made at.
+        best_step: The step of that checkpoint.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    last: Metrics | None = None
+    evaluation: Evaluation | None = None
+    evaluated_step: int | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> Progress:
+        """Read what `to_plain` wrote."""
+        nested = {"last": Metrics, "evaluation": Evaluation}
+        return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in data.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step whose results are still on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    tokens: int
+    targets: int
+    step: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """Runs a job's remaining steps.
+
+    Attributes:
+        job: What to run.
+        progress: Where it stands; kept up to date.
+        meter: Reads the memory peak.
+        reporter: Told about every step.
+        stopper: Asked between steps whether to stop.
+        folder: Where checkpoints go; None writes none.
+        metrics: Where metrics go; None writes none.
+        loggers: Other takers of metrics.
+    """
+
+    job: Job
+    progress: Progress
+    meter: PeakMeter
+    reporter: Reporter
+    stopper: Stopper
+    folder: RunFolder | None = None
+    metrics: MetricsFile | None = None
+    loggers: list[Logger] = field(default_factory=list)
+    _pending: _Pending | None = None
+    _began: float = 0.0
+    _saved: float = 0.0
+    _mark: float = 0.0
+    _first: int = 0
+    _first_tokens: int = 0
+    _warned: bool = False
+
+    def run(self, until: int) -> None:
+        """Train until `until` optimizer steps are done.
+
+        Raises:
+            Interrupted: A signal asked to stop; the step was finished and saved.
+            ScrimpError: The loss is not finite, or a checkpoint could not be written.
+        """
+        self._began = self._saved = self._mark = time.monotonic()
+        self._first, self._first_tokens = self.progress.step, self.progress.tokens
+        self.job.model.train()
+        while self.progress.step < until:
+            self._train_step()
+            step, recipe = self.progress.step, self.job.recipe
+            assert recipe.evaluation.every is not None and recipe.checkpoint.every is not None
+            last = step == recipe.steps
+            if last or step % recipe.evaluation.every == 0:
+                self._evaluate()
+            if last or step % recipe.checkpoint.every == 0:
+                self._save(scheduled=True)
+            elif time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+                self._save(scheduled=False)
+            if self.stopper.requested is not None and not last:
+                self._stop(self.stopper.requested)
+        self._read_pending()
+
+    def _train_step(self) -> None:
+        job, recipe, step = self.job, self.job.recipe, self.progress.step
+        batch = [on_device(micro, job.device) for micro in job.loader.step(step)]
+        targets = sum(micro.targets for micro in batch)
+        lr = self._set_learning_rate(step)
+        torch.manual_seed(derive(recipe.seed, "step", step))
+        with job.activations.context(), job.placement.context():
+            loss = job.estimator.step(functools.partial(job.loss, divisor=max(1, targets)), batch)
+        norm = self._clip()
+        # Only this policy waits for the device: it must know before the update.
+        if recipe.nonfinite == "skip" and not math.isfinite(norm.item()):
+            self.progress.skipped += 1
+        else:
+            job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+        self._read_pending()
+        self.progress.step = step + 1
+        self.progress.tokens += targets
+        self._pending = _Pending(loss, norm, lr, self.progress.tokens, targets, step + 1)
+        if job.device.type == "cpu":
+            self._read_pending()
+
+    def _set_learning_rate(self, step: int) -> float:
+        recipe = self.job.recipe
+        assert recipe.optimizer.lr is not None and recipe.steps is not None
+        schedule = recipe.schedule
+        lr = recipe.optimizer.lr * multiplier(
+            schedule.name,
+            step,
+            steps=recipe.steps,
+            warmup=int(schedule.warmup),
+            floor=schedule.floor,
+            decay=int(schedule.decay),
+        )
+        for group in self.job.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _clip(self) -> Tensor:
+        """Return the global gradient norm, and scale the gradients down to `clip` where it is larger."""
+        parameters = [p for p in self.job.trained.values() if p.grad is not None]
+        if self.job.recipe.clip > 0:
+            return torch.nn.utils.clip_grad_norm_(parameters, self.job.recipe.clip)
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _read_pending(self) -> None:
+        """Read the step before from the device, and tell everybody about it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        loss, norm = torch.stack([pending.loss.float(), pending.grad_norm.float()]).tolist()
+        now = time.monotonic()
+        last = Metrics(
+            step=pending.step,
+            tokens=pending.tokens,
+            loss=loss,
+            lr=pending.lr,
+            grad_norm=norm,
+            tokens_per_s=pending.targets / (now - self._mark),
+            peak_bytes=self.meter.read(),
+            predicted_bytes=self.job.ledger.peak.total,
+        )
+        self.progress.last, self._mark = last, now
+        self._write("train", last)
+        if not math.isfinite(loss) and self.job.recipe.nonfinite == "stop":
+            raise ScrimpError(self._not_finite(last))
+        self._report(last)
+
+    def _write(self, kind: Any, last: Metrics, extra: dict[str, float] | None = None) -> None:
+        if self.metrics is not None:
+            self.metrics.write(kind, last, extra)
+        values = extra or {
+            "loss": last.loss,
+            "lr": last.lr,
+            "grad_norm": last.grad_norm,
+            "peak_bytes": last.peak_bytes,
+        }
+        for logger in self.loggers:
+            logger.log(last.step, values)
+
+    def _report(self, last: Metrics) -> None:
+        recipe = self.job.recipe
+        assert recipe.steps is not None and recipe.memory is not None
+        spent = time.monotonic() - self._began
+        budget = parse_bytes(recipe.memory)
+        self.reporter.tick(
+            Tick(
+                step=last.step,
+                steps=recipe.steps,
+                loss=last.loss,
+                tokens_per_s=(last.tokens - self._first_tokens) / spent,
+                peak_bytes=last.peak_bytes,
+                budget_bytes=budget,
+                left_s=spent / (last.step - self._first) * (recipe.steps - last.step),
+            )
+        )
+        if last.peak_bytes > budget and not self._warned:
+            self._warned = True
+            self.reporter.note(
+                f"memory: {format_bytes(last.peak_bytes)} at step {last.step} is over the budget of "
+                f"{recipe.memory}; a smaller --micro-batch or --seq needs less"
+            )
+
+    def _not_finite(self, last: Metrics) -> str:
+        found = None if self.folder is None else checkpoint.find_usable(self.folder.checkpoints).path
+        good = "there is no checkpoint yet" if found is None else f"the last good checkpoint is {found}"
+        return (
+            f"the loss at step {last.step} is {last.loss}, so the run stopped; {good}. "
+            "Lower --lr, or leave such steps out with --nonfinite skip"
+        )
+
+    def _evaluate(self) -> None:
+        self._read_pending()
+        job = self.job
+        held_out = job.prepared.corpus.held_out
+        if self.metrics is None or not held_out.documents:
+            return
+        self.reporter.phase("evaluating", None)
+        self.progress.evaluation = evaluate(
+            job.loss, job.prepared, job.recipe, held_out, max_tokens=job.recipe.evaluation.tokens
+        )
+        self.progress.evaluated_step, self._mark = self.progress.step, time.monotonic()
+        assert self.progress.last is not None
+        self._write("eval", self.progress.last, asdict(self.progress.evaluation))
+
+    def _save(self, *, scheduled: bool) -> Path | None:
+        """Save a checkpoint; only a scheduled one has its line: the clock leaves no trace in the metrics."""
+        self._read_pending()
+        if self.folder is None or self.metrics is None:
+            return None
+        self.reporter.phase("saving a checkpoint", None)
+        progress, job = self.progress, self.job
+        if scheduled and progress.evaluation is not None and progress.evaluated_step == progress.step:
+            held_out = progress.evaluation.eval_loss
+            if progress.best_loss is None or held_out < progress.best_loss:
+                progress.best_loss, progress.best_step = held_out, progress.step
+        state = {
+            "progress": progress.to_plain(),
+            "metrics_bytes": self.metrics.synced_length(),
+            "scheduled": scheduled,
+            "optimizer": optimizer_numbers(job.optimizer, job.trained.items()),
+        }
+        path = checkpoint.save(
+            self.folder.checkpoints,
+            step=progress.step,
+            model=job.model.state_dict(),
+            optimizer=optimizer_tensors(job.optimizer, job.trained.items()),
+            state=state,
+            identity=job.identity,
+        )
+        keep = job.recipe.checkpoint.keep
+        checkpoint.prune(self.folder.checkpoints, step=progress.step, keep=keep, best=progress.best_step)
+        if scheduled and progress.last is not None:
+            self.metrics.write("checkpoint", progress.last)
+        self._saved = self._mark = time.monotonic()
+        return path
+
+    def _stop(self, signal_number: int) -> None:
+        path = self._save(scheduled=False)
+        assert self.folder is not None or path is None
+        out = None if self.folder is None else self.folder.path
+        raise Interrupted(
+            f"stopped after step {self.progress.step} of {self.job.recipe.steps} and saved it; "
+            f"go on with: scrimp train --out {out} --resume",
+            signal_number=signal_number,
+            out=out,
+        )

@@ -1,0 +1,88 @@
+"""`metrics.jsonl`: one JSON object a line, the same lines whether or not the run was interrupted.
+
+Every line holds `kind` (`train`, `eval`, `checkpoint`, `end`) and the keys of `Metrics`; `eval` and
+`end` add `eval_loss`, `perplexity` and `bits_per_byte`. A number that is not finite is null.
+A checkpoint remembers how long the file was when it was made, and a resumed run cuts it back to that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from scrimp.base import files, platform
+
+Kind = Literal["train", "eval", "checkpoint", "end"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """The numbers of the last optimizer step.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Targets trained on so far.
+        loss: Mean cross-entropy of the step in nats a token.
+        lr: Learning rate of the step.
+        grad_norm: Global norm before clipping.
+        tokens_per_s: Targets of the step over its time.
+        peak_bytes: Highest memory use so far.
+        predicted_bytes: The peak that was predicted.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    peak_bytes: int
+    predicted_bytes: int
+
+
+class MetricsFile:
+    """An append-only file of metrics that keeps every whole line through a kill.
+
+    Args:
+        path: The file; made where it is missing.
+        length: Bytes to keep of what is there.
+    """
+
+    def __init__(self, path: Path, *, length: int = 0) -> None:
+        with files.explained(path):
+            self._file = path.open("ab")
+            self._file.truncate(length)
+            self._file.seek(0, os.SEEK_END)
+        self._path = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, kind: Kind, metrics: Metrics, extra: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Append a line and return it as plain data."""
+        row = {"kind": kind, **asdict(metrics), **(extra or {})}
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        with files.explained(self._path):
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+        return row
+
+    def synced_length(self) -> int:
+        """Make all lines durable and return the length of the file in bytes."""
+        with files.explained(self._path):
+            platform.fsync_file(self._file.fileno())
+        return self._file.tell()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,276 @@
+"""A whole run, from a recipe to a finished model.
+
+    start ─> inspect ─> claim the folder ─> prepare ─> resolve ─> build ─> loop ─> model/
+
+Nothing is written into the folder before the first step is next, so an early mistake or an interrupt
+leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from scrimp import models, recipe_file
+from scrimp.base import files
+from scrimp.base.errors import Interrupted, ScrimpError
+from scrimp.base.ledger import Ledger
+from scrimp.build import Inputs, Job, Prepared, build, prepare
+from scrimp.memory.measure import PeakMeter, fixed_bytes
+from scrimp.recipe import Recipe, flat
+from scrimp.resolve import choose_device, resolve
+from scrimp.training import checkpoint
+from scrimp.training.environment import differences, process_state, recorded
+from scrimp.training.evaluate import Evaluation
+from scrimp.training.folder import RunFolder, claimed, next_free
+from scrimp.training.loggers import open_loggers
+from scrimp.training.loop import Loop, Progress
+from scrimp.training.metrics import Metrics, MetricsFile, read_metrics
+from scrimp.training.optimizer_state import load_optimizer
+from scrimp.training.reporter import Reporter
+from scrimp.training.start import Start
+from scrimp.training.stopping import Stopper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        out: Its folder.
+        model: The finished model, an ordinary Hugging Face folder.
+        recipe: The resolved recipe.
+        metrics: The numbers of the last step.
+        evaluation: The last evaluation; None where nothing was held out.
+        skipped: Steps left out for a non-finite gradient.
+    """
+
+    out: Path
+    model: Path
+    recipe: Recipe
+    metrics: Metrics
+    evaluation: Evaluation | None
+    skipped: int
+
+
+def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
+    """Run what was chosen and inspected.
+
+    Args:
+        start: Where the run begins.
+        inputs: What its recipe names.
+        reporter: Told how it goes.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ScrimpError: The recipe, the data or the machine do not allow it; the message says what to do.
+        Interrupted: A signal stopped it; it was saved unless no step was done.
+    """
+    stopper = Stopper()
+    with stopper.listening(), _folder(start, inputs) as folder:
+        finished = _finished(folder) if start.resuming else None
+        if finished is not None:
+            reporter.note(f"{folder.path} has finished all its {finished.recipe.steps} steps already")
+            return finished
+        prepared, device, recipe, ledger = plan(inputs, reporter)
+        meter = PeakMeter(device)
+        with process_state(recipe, device), _explained(folder, recipe):
+            files.recover(folder.checkpoints)
+            found = (
+                checkpoint.find_usable(folder.checkpoints) if start.resuming else checkpoint.Found(None, [])
+            )
+            job = build(prepared, recipe, ledger, empty=found.path is not None, say=reporter.phase)
+            _compare(job, start, reporter)
+            point = restore(job, found, reporter)
+            if start.resuming and point.progress.step == 0:
+                reporter.note(f"{folder.path} holds no usable checkpoint, so the run starts at step 0")
+            if start.overwrite:
+                folder.clear()
+            with _clean_on_failure(folder, point):
+                _write_recipe(job, folder)
+                reporter.plan(job)
+                run = _train(job, folder, point, meter, reporter, stopper)
+            reporter.done(job, run)
+            return run
+
+
+def plan(inputs: Inputs, reporter: Reporter) -> tuple[Prepared, torch.device, Recipe, Ledger]:
+    """Tokenise, resolve the recipe and predict its memory, without making the model."""
+    prepared = prepare(inputs, reporter.phase)
+    device = choose_device(inputs.recipe)
+    reporter.phase("planning", None)
+    recipe, ledger = resolve(prepared, device, fixed=fixed_bytes(device))
+    return prepared, device, recipe, ledger
+
+
+@contextmanager
+def _folder(start: Start, inputs: Inputs) -> Iterator[RunFolder]:
+    folder = start.folder or next_free(inputs.recipe.model.name)
+    with claimed(folder):
+        if not start.resuming:
+            folder.check_free(overwrite=start.overwrite)  # another program may have been faster
+        yield folder
+
+
+def _finished(folder: RunFolder) -> Run | None:
+    """Return the run in a folder if it was finished, by the last line of its metrics."""
+    if not folder.model.is_dir() or not folder.metrics.is_file():
+        return None
+    rows = read_metrics(folder.metrics)
+    if not rows or rows[-1]["kind"] != "end":
+        return None
+    end = rows[-1]
+    evaluated = "eval_loss" in end
+    return Run(
+        out=folder.path,
+        model=folder.model,
+        recipe=recipe_file.read(folder.recipe).recipe,
+        metrics=Metrics(**{name: end[name] for name in Metrics.__dataclass_fields__}),
+        evaluation=Evaluation(**{name: end[name] for name in Evaluation.__dataclass_fields__})
+        if evaluated
+        else None,
+        skipped=end["skipped"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where the loop takes over.
+
+    Attributes:
+        progress: What was done before.
+        metrics_bytes: How much of the metrics file belongs to it.
+        announced: Whether the checkpoint's own line comes next in the metrics.
+    """
+
+    progress: Progress
+    metrics_bytes: int = 0
+    announced: bool = False
+
+
+def restore(job: Job, found: checkpoint.Found, reporter: Reporter) -> Point:
+    """Read the newest usable checkpoint into a job, tensor by tensor."""
+    for path, reason in found.damaged:
+        reporter.note(f"the checkpoint {path} is damaged ({reason}) and is left out")
+    if found.path is None:
+        return Point(Progress())
+    reporter.phase(f"reading {found.path}", None)
+    checkpoint.check_model(found.path, job.identity)
+    state = checkpoint.read_state(found.path)
+    checkpoint.read_model_into(found.path, job.model.state_dict())
+    load_optimizer(found.path / checkpoint.OPTIMIZER, job.optimizer, job.trained.items(), state["optimizer"])
+    progress = Progress.from_plain(state["progress"])
+    reporter.note(f"going on after step {progress.step} of {job.recipe.steps}")
+    return Point(progress, state["metrics_bytes"], state["scheduled"])
+
+
+def _compare(job: Job, start: Start, reporter: Reporter) -> None:
+    """Hold what the recipe was recorded with against what is here now.
+
+    Raises:
+        ScrimpError: A run is to go on with other data.
+    """
+    now = recorded(job)
+    if start.resuming and start.recorded.get("data", now["data"]) != now["data"]:
+        raise ScrimpError(
+            "the training data has changed since this run began, so it cannot go on exactly: "
+            "bring the old files back, or start another run with another --out"
+        )
+    changed = differences(start.recorded, now)
+    if changed:
+        reporter.note(f"not all is as it was recorded, so bits may differ: {'; '.join(changed)}")
+
+
+def _write_recipe(job: Job, folder: RunFolder) -> None:
+    files.write_atomic(folder.recipe, recipe_file.dumps(job.recipe, recorded(job)))
+
+
+def _train(
+    job: Job, folder: RunFolder, point: Point, meter: PeakMeter, reporter: Reporter, stopper: Stopper
+) -> Run:
+    with MetricsFile(folder.metrics, length=point.metrics_bytes) as metrics:
+        if point.announced and point.progress.last is not None:
+            metrics.write("checkpoint", point.progress.last)
+        loop = Loop(
+            job=job,
+            progress=point.progress,
+            meter=meter,
+            reporter=reporter,
+            stopper=stopper,
+            folder=folder,
+            metrics=metrics,
+            loggers=open_loggers(job.recipe.log, folder.path, flat(job.recipe)),
+        )
+        try:
+            with stopper.deferring():
+                assert job.recipe.steps is not None
+                loop.run(job.recipe.steps)
+        finally:
+            for logger in loop.loggers:
+                logger.close()
+        reporter.phase("saving the model", None)
+        _export(job, folder)
+        progress = point.progress
+        assert progress.last is not None
+        found = {} if progress.evaluation is None else asdict(progress.evaluation)
+        metrics.write("end", progress.last, {**found, "skipped": progress.skipped})
+    return Run(
+        out=folder.path,
+        model=folder.model,
+        recipe=job.recipe,
+        metrics=progress.last,
+        evaluation=progress.evaluation,
+        skipped=progress.skipped,
+    )
+
+
+def _export(job: Job, folder: RunFolder) -> None:
+    """Write the finished model as an ordinary Hugging Face folder."""
+    job.weights.materialize(job.model)
+    with files.atomic_directory(folder.model) as partial:
+        models.export(job.model, job.prepared.tokenizer, partial)
+
+
+@contextmanager
+def _clean_on_failure(folder: RunFolder, point: Point) -> Iterator[None]:
+    """Leave no run behind that did not do its first step."""
+    try:
+        yield
+    except BaseException:
+        if point.progress.step == 0:
+            folder.clear()
+        raise
+
+
+@contextmanager
+def _explained(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
+    """Say what to do about memory that ran out, and after a stop that could not wait for its step."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ScrimpError(_out_of_memory(recipe)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise ScrimpError(_out_of_memory(recipe)) from error
+    except Interrupted as stop:
+        if stop.out is not None or not folder.is_run:
+            raise
+        raise Interrupted(
+            f"stopped at once; go on with: scrimp train --out {folder.path} --resume",
+            signal_number=stop.signal_number,
+            out=folder.path,
+        ) from None
+
+
+def _out_of_memory(recipe: Recipe) -> str:
+    return (
+        f"the memory of {recipe.device} ran out with micro-batches of {recipe.micro_batch} x {recipe.seq} "
+        "tokens: lower --micro-batch or --seq, or choose a smaller model"
+    )

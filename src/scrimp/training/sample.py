@@ -1,0 +1,72 @@
+"""Text from a trained model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scrimp.base.errors import ScrimpError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        model: The model; it is left as it was.
+        tokenizer: Its tokenizer.
+        prompt: The text to go on from; empty starts a new document.
+        tokens: The largest number of new tokens; fewer where the model's context ends first.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Sample among the likeliest tokens that hold this much probability.
+        seed: Of the draws.
+
+    Returns:
+        The prompt and its continuation.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    given = torch.tensor([[start, *ids] if start is not None else ids], device=model.device)
+    choice = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    was_training = model.training
+    model.eval()
+    generate: Any = model.generate  # transformers leaves it untyped
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        out = generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **choice,
+        )
+    model.train(was_training)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def chat_prompt(tokenizer: Any, message: str) -> str:
+    """Render a user's message by the tokenizer's chat template, up to where the assistant begins.
+
+    Raises:
+        ScrimpError: The tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ScrimpError("--chat: this model's tokenizer has no chat template; leave --chat out")
+    conversation = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
