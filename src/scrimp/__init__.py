@@ -29,3 +29,7 @@ def __getattr__(name: str) -> Any:
 
     with passive_openmp():  # it counts only when torch is loaded, which may be now
         return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

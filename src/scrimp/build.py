@@ -237,7 +237,7 @@ def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, sa
     weights.apply(model)
     trained = tune.select(model)
     model = placement.place(model, device)
-    if recipe.data.boundaries == "isolate":
+    if recipe.data.boundaries == "isolate" and not empty:  # a checkpoint's model was tried when it was new
         _check_isolation(model, recipe, device)
     settings = recipe.optimizer
     optimizer = _piece("optimizer", recipe)(

@@ -14,10 +14,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from scrimp.base import extras
 from scrimp.base.errors import ScrimpError
+from scrimp.base.platform import passive_openmp
 from scrimp.base.suggest import did_you_mean
 from scrimp.shapes import CONTEXT, SHAPES
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 HUB_SECONDS = 5.0  # of silence from the hub before it counts as unreachable
+REASON_CHARACTERS = 300  # of another library's error that a sentence quotes
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -72,6 +75,18 @@ def locate(name: str, *, trust_remote_code: bool = False) -> Source:
     return Source(name, "folder", folder)
 
 
+def locate_trained(name: str, *, trust_remote_code: bool = False) -> Source:
+    """Find a model that has weights to work with.
+
+    Raises:
+        ScrimpError: As for `locate`, or it has none.
+    """
+    source = locate(name, trust_remote_code=trust_remote_code)
+    if not source.has_weights:
+        raise ScrimpError(f"model {name}: it holds no weights; train it first, and name the run's folder")
+    return source
+
+
 def _file(path: Path) -> Source:
     if path.suffix != ".gguf":
         raise ScrimpError(
@@ -100,6 +115,8 @@ def _folder(path: Path, *, trust_remote_code: bool) -> Source:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ScrimpError(f"model {config}: it is not JSON: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ScrimpError(f"model {config}: it names no model_type, so it is no Hugging Face model")
     _check_code(path, values, trust_remote_code=trust_remote_code)
     if not any(path.glob("*.safetensors")) and (pickled := [*path.glob("*.bin"), *path.glob("*.pt*")]):
         raise ScrimpError(
@@ -110,16 +127,11 @@ def _folder(path: Path, *, trust_remote_code: bool) -> Source:
 
 
 def _check_code(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
-    from transformers import CONFIG_MAPPING
-
-    kind = config.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if "auto_map" not in config or trust_remote_code:
         return
-    if "auto_map" not in config:
-        raise ScrimpError(
-            f"model {path}: transformers knows no model type {kind!r}; is it too old for this model?"
-        )
-    if not trust_remote_code:
+    with passive_openmp():  # this imports torch
+        from transformers import CONFIG_MAPPING
+    if config.get("model_type") not in CONFIG_MAPPING:
         raise ScrimpError(
             f"model {path}: it needs Python code of its own ({config['auto_map']}); "
             "read that code, and if you trust it add --trust-remote-code"
@@ -147,8 +159,8 @@ def _hub(name: str) -> Path:
         ) from None
     except Exception as error:
         raise ScrimpError(
-            f"model {name!r}: not on this machine{did_you_mean(name, SHAPES)}, and the Hugging Face hub cannot "
-            f"be reached ({type(error).__name__}). {local}"
+            f"model {name!r}: not on this machine{did_you_mean(name, SHAPES)}, and the Hugging Face hub "
+            f"cannot be reached ({type(error).__name__}). {local}"
         ) from None
 
 
@@ -159,8 +171,12 @@ def load_config(source: Source, *, vocab: int, trust_remote_code: bool = False) 
         source: Where it comes from.
         vocab: Size of the tokenizer, for a shape that takes it from there.
         trust_remote_code: Let the model's own Python code run.
+
+    Raises:
+        ScrimpError: Transformers does not know it, or it is no causal language model.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
 
     if source.kind == "shape":
         shape = SHAPES[source.name]
@@ -171,13 +187,22 @@ def load_config(source: Source, *, vocab: int, trust_remote_code: bool = False) 
             num_hidden_layers=shape.layers,
             vocab_size=shape.vocab or vocab,
             tie_word_embeddings=shape.tied,
+            initializer_range=shape.init_std,
             max_position_embeddings=CONTEXT,
         )
     assert source.path is not None
-    if source.kind == "gguf":
-        config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
-    else:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    try:
+        if source.kind == "gguf":
+            config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+        else:
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = shorten(str(error), REASON_CHARACTERS)
+        raise ScrimpError(f"model {source.name}: its configuration cannot be read: {reason}") from error
+    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ScrimpError(
+            f"model {source.name}: {config.model_type!r} is no causal language model, which scrimp trains"
+        )
     return cast("PreTrainedConfig", config)
 
 
@@ -201,7 +226,9 @@ def create_empty(
     from transformers import initialization
 
     with initialization.no_init_weights():
-        return create(config, seed=0, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = create(config, seed=0, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # which is part of the initialisation that was left out
+    return model
 
 
 def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -210,6 +237,7 @@ def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False)
     Raises:
         ScrimpError: There are no weights, or they do not fit the model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if not source.has_weights:
@@ -230,10 +258,9 @@ def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False)
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ScrimpError(
-            f"model {source.name}: it cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = shorten(str(error), REASON_CHARACTERS)
+        raise ScrimpError(f"model {source.name}: it cannot be loaded: {reason}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ScrimpError(
@@ -263,14 +290,25 @@ def _quiet() -> Iterator[None]:
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return the longest sequence the model's positions allow, or None where there is no limit."""
     text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((limit for name in names if (limit := getattr(text, name, None))), None)
 
 
 def export(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write an ordinary Hugging Face folder.
 
     Shards of at most 2 GB bound what is copied to the host at a time; on a CPU nothing is copied.
+
+    Raises:
+        ScrimpError: The disk is full.
     """
-    with _quiet():
-        model.save_pretrained(folder, max_shard_size="2GB")
-        tokenizer.save_pretrained(folder)
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            model.save_pretrained(folder, max_shard_size="2GB")
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # what its writer makes of the system's error
+        raise ScrimpError(
+            f"the model could not be written to {folder} ({error}): is the disk full?"
+        ) from error

@@ -82,7 +82,7 @@ class Data(Section):
 
     path: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_tuple)] = Field(
         default=(),
-        description="files, globs, folders or a dataset id; none: the Python standard library's source",
+        description="file, glob, folder or dataset id; none: the Python standard library's source",
     )
     tokenizer: str | None = Field(
         default=None,

@@ -51,6 +51,8 @@ def read(path: Path) -> RecipeFile:
         raise ScrimpError(f"{path}: it is not YAML: {' '.join(str(error).split())}") from None
     data = {} if data is None else data
     recorded = data.pop(RECORDED, None) if isinstance(data, dict) else None
+    if not isinstance(recorded, dict | None):
+        raise ScrimpError(f"{path}: {RECORDED!r} is what a run wrote there, a mapping; remove it")
     return RecipeFile(recipe=parse(data, where=str(path)), recorded=recorded or {})
 
 

@@ -99,14 +99,13 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
 
 def _resolve_length(prepared: Prepared, recipe: Recipe, default_steps: int | None) -> Recipe:
     """Fill in the steps of the run, and what is a share of them."""
-    loader = make_loader(prepared, recipe)  # refuses data shorter than one sequence
     assert recipe.batch is not None and recipe.seq is not None
     if recipe.steps is not None:
         steps = recipe.steps
     elif recipe.tokens is not None:
         steps = math.ceil(recipe.tokens / (recipe.batch * recipe.seq))
     else:
-        steps = default_steps or math.ceil(loader.sequences / recipe.batch)
+        steps = default_steps or math.ceil(make_loader(prepared, recipe).sequences / recipe.batch)
     tenth = math.ceil(steps / TENTHS)
     return replace(
         recipe,

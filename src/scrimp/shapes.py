@@ -6,7 +6,9 @@ attention, 32,000 tokens. The papers' code passes `pad_token_id=-1`, which freez
 of the last token at zero; that quirk is left out. Table 5 of the GaLore paper prints 24 heads and 32
 layers for 1B; its configuration file, which alone gives 1.3 B parameters, has 32 heads and 24 layers.
 
-`llama-1m` is ours: for bytes, and for a laptop.
+`llama-1m` is ours: for bytes, and for a laptop. Its random weights are wider than the papers' 0.02, which
+suits widths of thousands: at a width of 128 that leaves attention flat for the first thousand steps (held-out
+loss after 300 steps 2.5 nats a byte instead of 1.7).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Shape:
         layers: Decoder layers.
         vocab: Tokens; None takes the size of the tokenizer.
         tied: Whether the output head shares the embedding.
+        init_std: Standard deviation of the random weights.
         lr: Peak learning rate for AdamW.
         seq: Tokens a sequence.
         batch: Sequences an optimizer step.
@@ -40,6 +43,7 @@ class Shape:
     layers: int
     vocab: int | None = 32_000
     tied: bool = False
+    init_std: float = 0.02
     lr: float = 1e-3
     seq: int = 256
     batch: int = 8
@@ -54,8 +58,8 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "llama-1m": Shape(
-        hidden=128, ffn=352, heads=4, layers=4, vocab=None, tied=True,
-        lr=1e-2, seq=128, batch=8, steps=700, memory="1GiB",
+        hidden=128, ffn=352, heads=4, layers=4, vocab=None, tied=True, init_std=0.08,
+        lr=4e-3, seq=128, batch=8, steps=700, memory="1GiB",
     ),
     "llama-9m": Shape(hidden=128, ffn=352, heads=4, layers=4),
     "llama-20m": Shape(hidden=256, ffn=688, heads=4, layers=4),

@@ -23,9 +23,9 @@ TALK = [
     {"role": "user", "content": "unanswered"},
 ]
 MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -59,7 +59,9 @@ def said(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> list
 def test_targets_are_the_assistants_words_and_the_end_of_turn(
     merging_tokenizer: PreTrainedTokenizerFast, template: str
 ) -> None:
-    tokenizer = with_template(merging_tokenizer, MARKED if template == "marked" else merging_tokenizer.chat_template)
+    tokenizer = with_template(
+        merging_tokenizer, MARKED if template == "marked" else merging_tokenizer.chat_template
+    )
     conversation = ChatEncoder(tokenizer).encode(document(TALK))
     assert said(tokenizer, conversation) == ["Hi, naïve one.<|im_end|>", " \n<|im_end|>"]
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
@@ -79,6 +81,7 @@ def test_bytes_are_those_of_the_assistants_words(merging_tokenizer: PreTrainedTo
     assert encoder.target_bytes(encoder.encode(document(TALK))) == expected
 
 
+@pytest.mark.slow
 def test_the_template_of_smollm2(merging_tokenizer: PreTrainedTokenizerFast) -> None:
     """It marks no generation and puts in a system turn of its own: the real one, on the real tokenizer."""
     pytest.importorskip("gguf")
@@ -95,7 +98,8 @@ def test_the_template_of_smollm2(merging_tokenizer: PreTrainedTokenizerFast) -> 
     "template",
     [
         # The last answer is rendered in another way than earlier ones, as templates for reasoning do.
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ('!' if loop.last else '?') }}{% endfor %}"
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{{ '!' if loop.last else '?' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
         # The header of an answer is not what precedes an answer.
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] }}{% endfor %}"
@@ -110,7 +114,9 @@ def test_a_template_whose_turns_are_no_prefixes_is_refused_by_name(
         encoder.encode(document(TALK))
 
 
-def test_a_template_that_rejects_a_conversation_names_the_row(merging_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_rejects_a_conversation_names_the_row(
+    merging_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     encoder = ChatEncoder(with_template(merging_tokenizer, "{{ raise_exception('no system role') }}"))
     with pytest.raises(ScrimpError, match=r"chat\.jsonl, line 3: .* no system role"):
         encoder.encode(document(TALK))

@@ -23,9 +23,9 @@ def loader(split: Split, **options: object) -> Loader:
 
 
 def whole_epoch(split: Split, **options: object) -> list[MicroBatch]:
-    """Return an epoch's rows as micro-batches of one."""
-    one = loader(split, batch=1, micro_batch=1, **options)
-    return [one.step(step)[0] for step in range(one.sequences)]
+    """Return an epoch's rows, as one batch of micro-batches of one."""
+    sequences = loader(split, **options).sequences
+    return loader(split, batch=sequences, micro_batch=1, **options).step(0)
 
 
 def predicted(batches: list[MicroBatch]) -> list[tuple[int, int]]:
@@ -97,9 +97,7 @@ def test_isolated_documents_start_at_position_zero(
     bytes_tokenizer: PreTrainedTokenizerFast, corpus_of: MakeCorpus
 ) -> None:
     train = corpus_of(["abc", "de"], bytes_tokenizer).train  # bos a b c eos bos d e eos
-    (batch,) = loader(train, seq=10, batch=1, micro_batch=1, boundaries="isolate", packing="packed").step(0) if (
-        len(train.tokens) > 10
-    ) else loader(train, seq=8, batch=1, micro_batch=1, boundaries="isolate").step(0)
+    (batch,) = loader(train, seq=8, batch=1, micro_batch=1, boundaries="isolate").step(0)
     assert batch.position_ids is not None
     assert batch.input_ids.tolist() == [[BOS, 97, 98, 99, EOS, BOS, 100, 101]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
@@ -255,7 +253,9 @@ def test_what_is_cut_is_not_counted(name: str, request: pytest.FixtureRequest, c
     tokenizer = request.getfixturevalue(name)
     split = corpus_of(["abc", "the text of a longer document"], tokenizer).train
     seq = 6
-    batches = list(evaluation_batches(split, seq=seq, micro_batch=2, packing="padded", long="cut", pad_id=PAD))
+    batches = list(
+        evaluation_batches(split, seq=seq, micro_batch=2, packing="padded", long="cut", pad_id=PAD)
+    )
     labels = [row[row != -100] for batch in batches for row in batch.labels]
     text = "".join(str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in labels)
     assert text.startswith("abcthe")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from scrimp.base.errors import MissingExtraError, ScrimpError
 from scrimp.data import find_sources
 from scrimp.data.content import inspect
+from scrimp.data.documents import read_documents
+from scrimp.data.sources import hub_files
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -63,7 +66,7 @@ def test_a_python_without_sources_says_so_and_names_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ScrimpError, match="no sources of its own .* --data"):
+    with pytest.raises(ScrimpError, match=r"no sources of its own .* --data"):
         find_sources()
 
 
@@ -91,6 +94,28 @@ def test_a_dataset_id_without_the_package_names_the_extra(monkeypatch: pytest.Mo
         find_sources(["owner/name"])
 
 
+def test_a_dataset_becomes_files_that_are_read_like_others(tmp_path: Path, write: Write) -> None:
+    """The package takes a local folder where it takes an id, so the real thing runs without a network."""
+    pytest.importorskip("datasets")
+    for number in range(3):
+        write(f"rows/train-{number}.jsonl", f'{{"text": "row {number}"}}\n')
+    sources = hub_files(str(tmp_path / "rows"))
+    assert {source.format for source in sources} == {"arrow"}
+    documents = read_documents(sources, "text", "text")
+    assert [document.content for document in documents] == [b"row 0", b"row 1", b"row 2"]
+
+
+def test_a_dataset_that_cannot_be_reached_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    with pytest.raises(ScrimpError, match="the dataset nobody/nothing could not be loaded"):
+        find_sources(["nobody/nothing"])
+    assert time.monotonic() - start < 10
+
+
 def test_a_named_file_that_is_not_text_is_an_error(write: Write) -> None:
     path = write("picture.png", b"\x89PNG\r\n\0\0")
     with pytest.raises(ScrimpError, match=r"picture\.png is not text"):
@@ -104,7 +129,9 @@ def test_a_named_file_that_turns_out_not_to_be_text_is_an_error(write: Write, ca
         inspect(sources, cache=cache, progress=quiet)
 
 
-def test_what_is_not_text_in_a_folder_is_skipped_and_counted(tmp_path: Path, write: Write, cache: Path) -> None:
+def test_what_is_not_text_in_a_folder_is_skipped_and_counted(
+    tmp_path: Path, write: Write, cache: Path
+) -> None:
     write("corpus/a.txt", "text")
     write("corpus/b.bin", b"\0\1\2")
     write("corpus/c.txt", b"caf\xe9 au lait")
@@ -119,7 +146,7 @@ def test_empty_data_is_an_error(tmp_path: Path, write: Write, content: str | Non
     (tmp_path / "corpus").mkdir()
     if content is not None:
         write("corpus/a.txt", content)
-    with pytest.raises(ScrimpError, match="is empty|no file in"):
+    with pytest.raises(ScrimpError, match=r"is empty|no file in"):
         find_sources([str(tmp_path / "corpus")])
 
 
@@ -131,7 +158,9 @@ def test_a_folder_without_any_text_is_an_error(tmp_path: Path, write: Write, cac
 
 def test_the_hash_is_of_the_content_whatever_the_files_are_called(write: Write, cache: Path) -> None:
     one, two, three = write("a.txt", "same"), write("b.txt", "same"), write("c.txt", "other")
-    hashes = [inspect(find_sources([str(path)]), cache=cache, progress=quiet).hash for path in (one, two, three)]
+    hashes = [
+        inspect(find_sources([str(path)]), cache=cache, progress=quiet).hash for path in (one, two, three)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from scrimp.base.errors import ScrimpError
 from scrimp.data import Corpus, Split, byte_tokenizer, cache_bytes, cache_folder, find_sources, prepare
 from scrimp.data.cache import new_folder
+from scrimp.data.corpus import SplitWriter
 
 Write = Callable[[str, str | bytes], Path]
 ROWS = [f"document number {number}, naïve {'x' * (number % 17)}" for number in range(300)]
@@ -130,7 +132,8 @@ def test_two_writers_at_once_end_with_one_whole_folder(write: Write, cache: Path
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     workers = [
-        context.Process(target=_prepare_at_once, args=(str(path), str(cache), barrier, results)) for _ in range(2)
+        context.Process(target=_prepare_at_once, args=(str(path), str(cache), barrier, results))
+        for _ in range(2)
     ]
     for worker in workers:
         worker.start()
@@ -176,8 +179,20 @@ def test_a_cache_that_may_not_be_written_is_named(
     sources = find_sources([str(write("a.txt", "text\n"))])
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    with pytest.raises(ScrimpError, match="locked.* may not be written"):
+    with pytest.raises(ScrimpError, match=r"locked.* may not be written"):
         prepare(sources, bytes_tokenizer, cache=locked)
+
+
+def test_a_full_disk_is_named_and_nothing_stays_behind(
+    write: Write, cache: Path, bytes_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SplitWriter, "_write", full)
+    with pytest.raises(ScrimpError, match="no space left"):
+        prepare(find_sources([str(write("a.txt", "text\n" * 10))]), bytes_tokenizer, cache=cache)
+    assert list((cache / "tokens").iterdir()) == []
 
 
 def test_a_cache_that_is_a_file_is_named(write: Write, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -233,7 +248,9 @@ def test_where_none_falls_to_the_held_out_side_the_smallest_hash_does(
     corpus = corpus_of(ROWS[:20], bytes_tokenizer, held_out=1e-9)
     assert corpus.held_out.documents == 1
     assert corpus.held_out.hashes[0] < corpus.train.hashes.min()
-    assert sorted(texts(corpus.train, bytes_tokenizer) + texts(corpus.held_out, bytes_tokenizer)) == sorted(ROWS[:20])
+    assert sorted(texts(corpus.train, bytes_tokenizer) + texts(corpus.held_out, bytes_tokenizer)) == sorted(
+        ROWS[:20]
+    )
     assert "is held out" in corpus.report.notes[0]
 
 
@@ -313,7 +330,9 @@ def test_pages_given_back_are_read_again(
     assert train.tokens.tolist() == before
 
 
-def test_the_cache_lies_where_the_platform_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_lies_where_the_platform_keeps_caches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("linux") == tmp_path / "scrimp"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -26,13 +26,19 @@ _ROOT = Path("/")
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def fsync_file(path: Path, *, system: str = sys.platform) -> None:
-    """Make a file's content survive a power cut."""
-    # Windows syncs only what is open for writing; elsewhere a read-only file can be synced too.
-    with path.open("r+b" if system == "win32" else "rb") as file:
-        if system == "darwin" and _empty_drive_cache(file.fileno()):
-            return
-        os.fsync(file.fileno())
+def fsync_file(file: int | Path, *, system: str = sys.platform) -> None:
+    """Make a file's content survive a power cut.
+
+    Args:
+        file: The descriptor of an open file, or the path of a closed one.
+        system: As in `sys.platform`.
+    """
+    if isinstance(file, Path):
+        # Windows syncs only what is open for writing; elsewhere a read-only file can be synced too.
+        with file.open("r+b" if system == "win32" else "rb") as opened:
+            fsync_file(opened.fileno(), system=system)
+    elif system != "darwin" or not _empty_drive_cache(file):
+        os.fsync(file)
 
 
 def fsync_directory(path: Path, *, system: str = sys.platform) -> None:

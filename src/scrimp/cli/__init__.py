@@ -10,12 +10,11 @@ import typer
 
 from scrimp import __version__
 from scrimp.cli import doctor, evaluate, generate, methods, train, verify
-from scrimp.cli.guard import guarded, set_debug
+from scrimp.cli.guard import complain, guarded, set_debug
 
 app = typer.Typer(
     name="scrimp",
     help="Train any language model in the memory you have.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -52,8 +51,15 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] or ["--help"]
     if "--debug" in arguments:
         arguments.remove("--debug")
         arguments.insert(0, "--debug")
-    app(arguments, prog_name="scrimp")
+    try:
+        code = app(arguments, prog_name="scrimp", standalone_mode=False)
+    except typer.TyperException as error:  # no such command or option, or one that lacks its value
+        code = 2
+        complain(
+            f"{error.format_message().rstrip('.')}; see scrimp --help", code, as_json="--json" in arguments
+        )
+    sys.exit(code)

@@ -33,6 +33,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON document.")] = False,
 ) -> None:
     """Evaluate a model: loss, perplexity, bits per byte."""
+    from scrimp import models
+
+    models.locate_trained(target, trust_remote_code=trust_remote_code)
     reporter = make_reporter()
     load_torch(reporter)
     from scrimp.training.scoring import score

@@ -33,7 +33,7 @@ def generate(
     """Continue a prompt."""
     from scrimp import models
 
-    source = models.locate(target, trust_remote_code=trust_remote_code)
+    source = models.locate_trained(target, trust_remote_code=trust_remote_code)
     load_torch(make_reporter())
     import torch
 

@@ -43,6 +43,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., None]:
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left: nothing more to say
             raise typer.Exit(0) from None
+        except typer.Exit:
+            raise
         except Exception:
             traceback.print_exc()
             _leave("this is a bug in scrimp: please report it with the lines above", 1, as_json=as_json)
@@ -53,10 +55,15 @@ def guarded(command: Callable[..., Any]) -> Callable[..., None]:
 def _leave(message: str, code: int, *, as_json: bool) -> None:
     if debug and code == 2:
         traceback.print_exc()
+    complain(message, code, as_json=as_json)
+    raise typer.Exit(code) from None
+
+
+def complain(message: str, code: int, *, as_json: bool) -> None:
+    """Say why a command ends with `code`, and where JSON was asked for, say it there too."""
     print(f"scrimp: {message}", file=sys.stderr)
     if as_json:
         print_json({"error": message, "exit_code": code})
-    raise typer.Exit(code) from None
 
 
 def print_json(document: Any) -> None:

@@ -37,7 +37,8 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
         command: A function whose parameter `stated` takes the given values by dotted name.
     """
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "stated"]
-    made = {_PREFIX + field.replace(".", "__"): field for field in fields()}
+    in_order = [*SHORT, *sorted(fields(), key=_is_usual, reverse=True)]
+    made = {_PREFIX + field.replace(".", "__"): field for field in dict.fromkeys(in_order)}
 
     def wrapper(**given: Any) -> None:
         stated = {field: given.pop(name) for name, field in made.items()}
@@ -57,24 +58,25 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _annotation(field: str) -> Any:
     info = fields()[field]
-    section, _, leaf = field.rpartition(".")
     default = info.get_default(call_default_factory=True)
-    shown = "" if default in (None, (), "auto", False) else f" [default: {_plain(default)}]"
-    panel = f"Recipe: {section}" if section else "Recipe"
-    flag = info.annotation in (bool, bool | None)
+    # Round brackets: square ones would be markup.
+    shown = "" if default in (None, (), "auto", False) else f" (default: {_plain(default)})"
+    flag, numbers = info.annotation in (bool, bool | None), str(info.annotation)
     kind = bool | None if flag else list[str] | None if field == "data.path" else str | None
-    names = [f"{name}/--no-{name[2:]}" if flag else name for name in option_names(field)]
-    metavar = None if flag else leaf.upper()
     return Annotated[
         kind,
         typer.Option(
-            *names,
+            *option_names(field),
             help=f"{info.description}{shown}",
-            rich_help_panel=panel,
-            metavar=metavar,
+            rich_help_panel="Recipe: the usual" if _is_usual(field) else "Recipe: the rest",
+            metavar=None if flag else "N" if "int" in numbers or "float" in numbers else "NAME",
             show_default=False,
         ),
     ]
+
+
+def _is_usual(field: str) -> bool:
+    return field in SHORT or "." not in field
 
 
 def _plain(value: Any) -> str:

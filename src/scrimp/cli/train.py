@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scrimp.base.errors import ScrimpError
 from scrimp.cli.guard import print_json
 from scrimp.cli.options import stated_recipe, with_recipe_options
 from scrimp.recipe import Recipe, flat
@@ -54,12 +56,19 @@ def train(
     """Train a model. With nothing else said: a small one, on Python's own source code, in about a minute."""
     from scrimp import recipe_file
     from scrimp.build import inspect
-    from scrimp.training.start import Start, choose_start
+    from scrimp.training.start import choose_start
 
-    base = recipe_file.RecipeFile(recipe=Recipe()) if recipe_path is None else recipe_file.read(recipe_path)
+    base = recipe_file.RecipeFile(recipe=Recipe())
+    if recipe_path is not None:
+        if recipe_path.suffix not in (".yaml", ".yml"):
+            raise ScrimpError(
+                f"{recipe_path} is no recipe (.yaml): name text with --data, once for each file or as one "
+                "quoted pattern such as --data 'books/*.txt'"
+            )
+        base = recipe_file.read(recipe_path)
     start = choose_start(stated_recipe(base.recipe, stated), out=out, resume=resume, overwrite=overwrite)
     if not start.resuming and base.recorded:
-        start = Start(recipe=start.recipe, folder=start.folder, overwrite=overwrite, recorded=base.recorded)
+        start = replace(start, recorded=base.recorded)
     inputs = inspect(start.recipe, cache=cache, trust_remote_code=trust_remote_code)
     reporter = make_reporter()
     load_torch(reporter)

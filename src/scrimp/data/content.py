@@ -52,7 +52,7 @@ def listing(sources: Sources) -> str:
             state = source.path.stat()
         except OSError as error:
             raise ScrimpError(f"{source.path} cannot be read: {error.strerror or error}") from error
-        entry = [str(source.path.resolve()), source.format, source.named, state.st_size, state.st_mtime_ns]
+        entry = [str(source.path.absolute()), source.format, source.named, state.st_size, state.st_mtime_ns]
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 

@@ -196,9 +196,6 @@ class SplitWriter:
             if self._shared is not None:
                 self._write("tokens", np.array([self._shared], self._dtype))
                 self.tokens += 1
-        for file in self._files.values():
-            file.flush()
-            fsync_file(file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -210,3 +207,6 @@ class SplitWriter:
         finally:
             for file in self._files.values():
                 file.close()
+        if kind is None:
+            for file in self._files.values():
+                fsync_file(Path(file.name))

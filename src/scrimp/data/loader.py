@@ -128,8 +128,8 @@ class Loader:
         ]
         if not any(batch.targets for batch in batches):
             raise ScrimpError(
-                f"the batch of step {step} holds no token to learn from: raise --batch or --seq, so that "
-                f"each batch reaches an answer of the assistant's"
+                f"the batch of step {step} holds no token to learn from (in conversations only the "
+                f"assistant's count): raise --batch or --seq"
             )
         return batches
 

@@ -31,6 +31,7 @@ _FORMATS: dict[str, Format] = {".py": "python", ".jsonl": "jsonl", ".parquet": "
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _SNIFFED_BYTES = 8192
+_HUB_SECONDS = 5.0  # of silence before the hub counts as unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,30 @@ def hub_files(identifier: str, config: str | None = None) -> list[Source]:
         ScrimpError: The hub has no such dataset, cannot be reached, or the dataset cannot be read.
     """
     datasets = load("datasets", extra="hub", purpose="a dataset of the hub")
+    reachable = Path(identifier).exists() or _hub_answers(identifier)
+    offline = datasets.config.HF_HUB_OFFLINE
+    # Without this `datasets` tries for half a minute before it looks at what was downloaded earlier.
+    datasets.config.HF_HUB_OFFLINE = offline or not reachable
     try:
         rows = datasets.load_dataset(identifier, config, split="train")
     except Exception as error:  # datasets raises a dozen kinds, of its own, fsspec's and the hub's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
         raise ScrimpError(f"the dataset {identifier} could not be loaded: {reason}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     return [Source(Path(file["filename"]), "arrow", named=True) for file in rows.cache_files]
+
+
+def _hub_answers(identifier: str) -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(identifier, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise ScrimpError(
+            f"{identifier} is no file or folder here, nor a dataset the hub shows you"
+        ) from error
+    except Exception:  # no name server, no route, no answer, switched off: each layer has its own kinds
+        return False
+    return True

@@ -114,7 +114,7 @@ def load_tokenizer(where: str | Path, *, trust_remote_code: bool = False) -> Pre
     except ScrimpError:
         raise
     except Exception as error:  # tokenizers raises bare Exception; transformers a dozen kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
         raise ScrimpError(f"the tokenizer at {path} cannot be read: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ScrimpError(f"the tokenizer at {path} has no tokenizer.json form: convert it with transformers")
@@ -182,14 +182,18 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast, *, chat: bool) -> str:
     That is its `tokenizer.json` without the truncation and padding of the last call, the roles
     of its special tokens and, for conversations, the chat template.
     """
-    parts = [_description(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    parts = [_serialised(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
     parts += [tokenizer.chat_template] if chat else []
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _description(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {**description, "truncation": None, "padding": None}
+def _serialised(tokenizer: PreTrainedTokenizerFast) -> str:
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:  # what the last call asked for, not what the tokenizer is
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+    return backend.to_str()
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[bytes]], list[Ids]]:
@@ -198,12 +202,13 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[bytes
     A tokenizer of bytes without merges becomes one table look-up; any other runs in the
     threads of `tokenizers`. The tokenizer itself is left as it is.
     """
-    table = _byte_table(_description(tokenizer))
+    from tokenizers import Tokenizer
+
+    serialised = _serialised(tokenizer)
+    table = _byte_table(json.loads(serialised))
     if table is not None:
         return lambda texts: [table[np.frombuffer(text, np.uint8)] for text in texts]
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
+    backend = Tokenizer.from_str(serialised)
     backend.encode_special_tokens = True  # "<|eos|>" in a text is seven characters, no token
 
     def encode(texts: Sequence[bytes]) -> list[Ids]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scrimp.base.errors import ScrimpError
+from scrimp.base.files import write_json
 from scrimp.data.cache import cache_folder, new_folder
 from scrimp.data.content import Content, Progress, inspect, listing
 from scrimp.data.corpus import Shape, Split, SplitWriter
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _SIDES = ("train", "held_out")
+_PROGRESS_STEP = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def _write(
         raise ScrimpError("the data hold no document with any text: name files that do with --data")
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     meta = {"format": FORMAT, "shape": dataclasses.asdict(shape), "notes": notes, "sizes": sizes}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    write_json(folder / "meta.json", meta)
 
 
 def _shape(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Shape:
@@ -166,8 +168,11 @@ def _watched(documents: Iterable[Document], content: Content, progress: Progress
     for source in content.files:
         starts[source.path] = before
         before += source.path.stat().st_size
+    shown = -1.0
     for document in documents:
-        progress("tokenising", min(1.0, (starts[document.path] + document.read) / content.bytes))
+        share = min(1.0, (starts[document.path] + document.read) / content.bytes)
+        if share >= shown + _PROGRESS_STEP:  # rows may be short, and millions
+            progress("tokenising", shown := share)
         yield document
 
 

@@ -10,6 +10,8 @@ import torch
 
 from scrimp.base import platform
 
+FIXED_STEP = 64 * 2**20
+
 
 class PeakMeter:
     """The highest memory use since it was made (or since the process started, where a mark stays).
@@ -33,8 +35,14 @@ class PeakMeter:
 
 
 def fixed_bytes(device: torch.device) -> int:
-    """Return what counts against the budget before a model exists: on a CPU the process, on a GPU nothing."""
-    return 0 if device.type == "cuda" else platform.resident_bytes()
+    """Return what counts against the budget before a model exists: on a CPU the process, on a GPU nothing.
+
+    It is rounded up to whole steps of 64 MiB: the first steps load more of the libraries, and one recipe
+    shall have one prediction.
+    """
+    if device.type == "cuda":
+        return 0
+    return -(-platform.resident_bytes() // FIXED_STEP) * FIXED_STEP
 
 
 def free_bytes(device: torch.device) -> int:

@@ -36,7 +36,8 @@ class Widths:
     def of(cls, config: Any) -> Widths:
         """Read them from a transformers configuration, with the usual defaults for older families."""
         text = config.get_text_config()
-        hidden, heads = text.hidden_size, text.num_attention_heads
+        hidden = text.hidden_size
+        heads = getattr(text, "num_attention_heads", None) or 1  # a state-space model has none
         head = getattr(text, "head_dim", None) or hidden // heads
         ffn = next(
             (

@@ -108,7 +108,9 @@ def sample_text(job: Job) -> str:
     """Return a short sample of the model, from the start of a document."""
     from scrimp.training.sample import sample
 
-    return sample(job.model, job.prepared.tokenizer, "", tokens=SAMPLE_TOKENS, seed=SAMPLE_SEED)
+    text = sample(job.model, job.prepared.tokenizer, "", tokens=SAMPLE_TOKENS, seed=SAMPLE_SEED)
+    # A model of bytes says control characters too, and a terminal would obey them.
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def next_commands(run: Run) -> list[str]:

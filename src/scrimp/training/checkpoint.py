@@ -13,6 +13,7 @@ that rule, for it is how a newer format is told from a damaged file. No file is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -273,3 +274,30 @@ def check_model(path: Path, identity: str) -> None:
     found = _read_manifest(path)["model"]
     if found != identity:
         raise ScrimpError(f"the checkpoint {path} is of another model: choose another --out")
+
+
+def complete(folder: Path) -> list[Path]:
+    """Return every checkpoint that is whole, oldest first, reading them in full."""
+    whole = []
+    for _, path in sorted(_checkpoints(folder).items()):
+        with contextlib.suppress(DamagedCheckpointError):
+            verify(path)
+            whole.append(path)
+    return whole
+
+
+def holds(path: Path, model: Mapping[str, Tensor]) -> bool:
+    """Tell whether a checkpoint's model has these very bits, reading it tensor by tensor."""
+    import torch
+    from safetensors import safe_open
+
+    from scrimp.training.safetensors_stream import without_ties
+
+    def raw(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    with safe_open(path / MODEL, framework="pt") as stored:
+        tensors = without_ties(model)[0]
+        return set(stored.keys()) == set(tensors) and all(
+            torch.equal(raw(stored.get_tensor(name)), raw(tensor)) for name, tensor in tensors.items()
+        )

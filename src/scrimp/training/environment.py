@@ -26,7 +26,7 @@ def process_state(recipe: Recipe, device: torch.device) -> Iterator[None]:
     Torch's random state is the caller's: what a run draws leaves no trace in it.
     """
     assert recipe.threads is not None
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, determinism = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     workspace = os.environ.get(_CUBLAS)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -38,7 +38,7 @@ def process_state(recipe: Recipe, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.set_deterministic_debug_mode(determinism)
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
 
@@ -57,13 +57,14 @@ def recorded(job: Job) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "data": job.prepared.corpus.fingerprint,
         "model": job.identity,
+        "fixed_bytes": job.ledger.peak.terms["fixed"],
     }
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Name what differs between two records, each as `torch 2.13.0, was 2.12.0`."""
+    """Name what may change bits between two records, each as `torch 2.13.0, was 2.12.0`."""
     return [
         f"{name} {now[name]}, was {before[name]}"
         for name in now
-        if name in before and before[name] != now[name]
+        if name in before and before[name] != now[name] and name != "fixed_bytes"
     ]

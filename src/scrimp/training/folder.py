@@ -4,13 +4,14 @@ RUN/recipe.yaml      the resolved recipe and what it ran with
 RUN/metrics.jsonl    one line a step
 RUN/checkpoints/     see scrimp.training.checkpoint
 RUN/model/           the finished model, an ordinary Hugging Face folder
+RUN/tensorboard/     what a logger writes, where one was asked for
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from scrimp.base.errors import ScrimpError
 from scrimp.base.lock import run_lock
 
 RUNS = Path("runs")
+RECIPE = "recipe.yaml"
+# In the order in which they go: as long as there is a recipe, the folder counts as a run.
+OURS = ("checkpoints", "model", "tensorboard", "wandb", "metrics.jsonl", RECIPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         """The resolved recipe."""
-        return self.path / "recipe.yaml"
+        return self.path / RECIPE
 
     @property
     def metrics(self) -> Path:
@@ -76,17 +80,21 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Delete what a run of scrimp wrote here, and nothing else."""
-        files.remove_tree(self.checkpoints)
-        files.remove_tree(self.model)
-        for file in (self.metrics, self.recipe):
-            file.unlink(missing_ok=True)
+        """Delete what a run of scrimp wrote here, and nothing else.
+
+        Raises:
+            ScrimpError: It may not be deleted.
+        """
+        with files.explained(self.path):
+            for path in (self.path / name for name in OURS):
+                if path.exists():
+                    files.remove_tree(path)
 
     def _strangers(self) -> list[str]:
         if not self.path.is_dir():
             return []
-        ours = {"recipe.yaml", "metrics.jsonl", "checkpoints", "model", ".lock"}
-        return sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+        names = (entry.name for entry in self.path.iterdir())
+        return sorted(name for name in names if name not in (*OURS, ".lock", f".partial-{RECIPE}"))
 
 
 def next_free(name: str) -> RunFolder:
@@ -96,10 +104,9 @@ def next_free(name: str) -> RunFolder:
     )
     number = 1
     with files.explained(RUNS):
-        RUNS.mkdir(exist_ok=True)
         while True:
             try:
-                (RUNS / f"{plain}-{number}").mkdir()
+                (RUNS / f"{plain}-{number}").mkdir(parents=True)
             except FileExistsError:
                 number += 1
             else:
@@ -120,3 +127,6 @@ def claimed(folder: RunFolder) -> Iterator[None]:
             (folder.path / ".lock").unlink(missing_ok=True)
             if not any(folder.path.iterdir()):
                 folder.path.rmdir()
+                if folder.path.parent == RUNS:
+                    with suppress(OSError):  # it holds other runs
+                        RUNS.rmdir()

@@ -29,50 +29,16 @@ from scrimp.build import Job
 from scrimp.memory.measure import PeakMeter
 from scrimp.schedules import multiplier
 from scrimp.training import checkpoint
-from scrimp.training.evaluate import Evaluation, evaluate, on_device
+from scrimp.training.evaluate import evaluate, on_device
 from scrimp.training.folder import RunFolder
 from scrimp.training.loggers import Logger
 from scrimp.training.metrics import Metrics, MetricsFile
 from scrimp.training.optimizer_state import optimizer_numbers, optimizer_tensors
+from scrimp.training.progress import Progress
 from scrimp.training.reporter import Reporter, Tick
 from scrimp.training.stopping import Stopper
 
 CHECKPOINT_SECONDS = 600.0  # the longest stretch of work that a crash may cost
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a run stands: all that a checkpoint stores besides tensors.
-
-    Attributes:
-        step: Optimizer steps done.
-        tokens: Targets trained on.
-        skipped: Steps left out for a non-finite gradient.
-        last: The metrics of the last step.
-        evaluation: The last evaluation.
-        evaluated_step: The step it was made at.
-        best_loss: The lowest held-out loss that a checkpoint was made at.
-        best_step: The step of that checkpoint.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    last: Metrics | None = None
-    evaluation: Evaluation | None = None
-    evaluated_step: int | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return it as data for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, data: dict[str, Any]) -> Progress:
-        """Read what `to_plain` wrote."""
-        nested = {"last": Metrics, "evaluation": Evaluation}
-        return cls(**{k: nested[k](**v) if k in nested and v is not None else v for k, v in data.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +119,7 @@ class Loop:
             loss = job.estimator.step(functools.partial(job.loss, divisor=max(1, targets)), batch)
         norm = self._clip()
         # Only this policy waits for the device: it must know before the update.
-        if recipe.nonfinite == "skip" and not math.isfinite(norm.item()):
+        if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
             self.progress.skipped += 1
         else:
             job.optimizer.step()
@@ -207,7 +173,8 @@ class Loop:
         )
         self.progress.last, self._mark = last, now
         self._write("train", last)
-        if not math.isfinite(loss) and self.job.recipe.nonfinite == "stop":
+        # A finite loss may have a gradient that is not, which no checkpoint may hold either.
+        if not math.isfinite(loss + norm) and self.job.recipe.nonfinite == "stop":
             raise ScrimpError(self._not_finite(last))
         self._report(last)
 
@@ -250,7 +217,8 @@ class Loop:
         found = None if self.folder is None else checkpoint.find_usable(self.folder.checkpoints).path
         good = "there is no checkpoint yet" if found is None else f"the last good checkpoint is {found}"
         return (
-            f"the loss at step {last.step} is {last.loss}, so the run stopped; {good}. "
+            f"the loss at step {last.step} is {last.loss} and its gradient norm {last.grad_norm}, so the run "
+            f"stopped; {good}. "
             "Lower --lr, or leave such steps out with --nonfinite skip"
         )
 
@@ -277,7 +245,7 @@ class Loop:
         progress, job = self.progress, self.job
         if scheduled and progress.evaluation is not None and progress.evaluated_step == progress.step:
             held_out = progress.evaluation.eval_loss
-            if progress.best_loss is None or held_out < progress.best_loss:
+            if math.isfinite(held_out) and (progress.best_loss is None or held_out < progress.best_loss):
                 progress.best_loss, progress.best_step = held_out, progress.step
         state = {
             "progress": progress.to_plain(),

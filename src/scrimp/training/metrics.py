@@ -50,14 +50,14 @@ class MetricsFile:
 
     Args:
         path: The file; made where it is missing.
-        length: Bytes to keep of what is there.
+        length: Bytes to keep of what is there; a file that is shorter stays as it is.
     """
 
     def __init__(self, path: Path, *, length: int = 0) -> None:
         with files.explained(path):
-            self._file = path.open("ab")
-            self._file.truncate(length)
-            self._file.seek(0, os.SEEK_END)
+            # Unbuffered, so that a line a full disk did not take is not tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(min(length, self._file.seek(0, os.SEEK_END)))
         self._path = path
 
     def __enter__(self) -> Self:
@@ -69,17 +69,21 @@ class MetricsFile:
     def write(self, kind: Kind, metrics: Metrics, extra: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Append a line and return it as plain data."""
         row = {"kind": kind, **asdict(metrics), **(extra or {})}
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        row = {name: as_json(value) for name, value in row.items()}
         with files.explained(self._path):
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
+            files.write(self._file, json.dumps(row).encode() + b"\n")
         return row
 
     def synced_length(self) -> int:
         """Make all lines durable and return the length of the file in bytes."""
         with files.explained(self._path):
             platform.fsync_file(self._file.fileno())
-        return self._file.tell()
+            return self._file.seek(0, os.SEEK_END)
+
+
+def as_json(value: Any) -> Any:
+    """Return a value of a row as it stands in the file."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from scrimp import models, recipe_file
 from scrimp.base import files
 from scrimp.base.errors import Interrupted, ScrimpError
 from scrimp.base.ledger import Ledger
-from scrimp.build import Inputs, Job, Prepared, build, prepare
+from scrimp.build import Inputs, Job, Prepared, build, make_loader, prepare
 from scrimp.memory.measure import PeakMeter, fixed_bytes
 from scrimp.recipe import Recipe, flat
 from scrimp.resolve import choose_device, resolve
@@ -28,9 +28,10 @@ from scrimp.training.environment import differences, process_state, recorded
 from scrimp.training.evaluate import Evaluation
 from scrimp.training.folder import RunFolder, claimed, next_free
 from scrimp.training.loggers import open_loggers
-from scrimp.training.loop import Loop, Progress
+from scrimp.training.loop import Loop
 from scrimp.training.metrics import Metrics, MetricsFile, read_metrics
 from scrimp.training.optimizer_state import load_optimizer
+from scrimp.training.progress import Progress
 from scrimp.training.reporter import Reporter
 from scrimp.training.start import Start
 from scrimp.training.stopping import Stopper
@@ -78,7 +79,9 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
         if finished is not None:
             reporter.note(f"{folder.path} has finished all its {finished.recipe.steps} steps already")
             return finished
-        prepared, device, recipe, ledger = plan(inputs, reporter)
+        # A run has one prediction: what the process held when it began counts after a resume too.
+        fixed = start.recorded.get("fixed_bytes") if start.resuming else None
+        prepared, device, recipe, ledger = plan(inputs, reporter, fixed=fixed)
         meter = PeakMeter(device)
         with process_state(recipe, device), _explained(folder, recipe):
             files.recover(folder.checkpoints)
@@ -88,11 +91,11 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
             job = build(prepared, recipe, ledger, empty=found.path is not None, say=reporter.phase)
             _compare(job, start, reporter)
             point = restore(job, found, reporter)
-            if start.resuming and point.progress.step == 0:
+            if start.asked_to_resume and point.progress.step == 0:
                 reporter.note(f"{folder.path} holds no usable checkpoint, so the run starts at step 0")
             if start.overwrite:
                 folder.clear()
-            with _clean_on_failure(folder, point):
+            with _clean_on_failure(folder, start, point):
                 _write_recipe(job, folder)
                 reporter.plan(job)
                 run = _train(job, folder, point, meter, reporter, stopper)
@@ -100,12 +103,26 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
             return run
 
 
-def plan(inputs: Inputs, reporter: Reporter) -> tuple[Prepared, torch.device, Recipe, Ledger]:
-    """Tokenise, resolve the recipe and predict its memory, without making the model."""
+def plan(
+    inputs: Inputs, reporter: Reporter, *, fixed: int | None = None
+) -> tuple[Prepared, torch.device, Recipe, Ledger]:
+    """Tokenise, resolve the recipe and predict its memory, without making the model.
+
+    Args:
+        inputs: What the recipe names.
+        reporter: Told what is going on.
+        fixed: Bytes that the process holds besides the run; None measures them.
+    """
     prepared = prepare(inputs, reporter.phase)
     device = choose_device(inputs.recipe)
     reporter.phase("planning", None)
-    recipe, ledger = resolve(prepared, device, fixed=fixed_bytes(device))
+    recipe, ledger = resolve(prepared, device, fixed=fixed_bytes(device) if fixed is None else fixed)
+    make_loader(prepared, recipe)  # refuses data shorter than one sequence
+    if recipe.precision == "bf16":
+        reporter.note(
+            "precision bf16: weights stagnate, since an update smaller than about 1/256 of a weight rounds "
+            "away; --precision bf16-mixed keeps fp32 weights"
+        )
     return prepared, device, recipe, ledger
 
 
@@ -195,6 +212,8 @@ def _train(
     job: Job, folder: RunFolder, point: Point, meter: PeakMeter, reporter: Reporter, stopper: Stopper
 ) -> Run:
     with MetricsFile(folder.metrics, length=point.metrics_bytes) as metrics:
+        if metrics.synced_length() < point.metrics_bytes:
+            reporter.note(f"{folder.metrics} is shorter than its checkpoint says: earlier lines are missing")
         if point.announced and point.progress.last is not None:
             metrics.write("checkpoint", point.progress.last)
         loop = Loop(
@@ -238,12 +257,12 @@ def _export(job: Job, folder: RunFolder) -> None:
 
 
 @contextmanager
-def _clean_on_failure(folder: RunFolder, point: Point) -> Iterator[None]:
-    """Leave no run behind that did not do its first step."""
+def _clean_on_failure(folder: RunFolder, start: Start, point: Point) -> Iterator[None]:
+    """Leave no run behind that did not do its first step, unless it was here before."""
     try:
         yield
     except BaseException:
-        if point.progress.step == 0:
+        if point.progress.step == 0 and not start.resuming:
             folder.clear()
         raise
 

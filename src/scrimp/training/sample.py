@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from scrimp import models
 from scrimp.base.errors import ScrimpError
 
 if TYPE_CHECKING:
@@ -35,12 +36,20 @@ def sample(
 
     Returns:
         The prompt and its continuation.
+
+    Raises:
+        ScrimpError: The prompt leaves no room in the model's context.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     given = torch.tensor([[start, *ids] if start is not None else ids], device=model.device)
+    limit = models.context_length(model.config)
+    if limit is not None and given.shape[1] >= limit:
+        raise ScrimpError(
+            f"the prompt is {given.shape[1]} tokens long and the model has positions for {limit}: shorten it"
+        )
     choice = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature > 0
         else {"do_sample": False}
     )
@@ -52,7 +61,7 @@ def sample(
         out = generate(
             input_ids=given,
             attention_mask=torch.ones_like(given),
-            max_new_tokens=tokens,
+            max_new_tokens=tokens if limit is None else min(tokens, limit - given.shape[1]),
             pad_token_id=tokenizer.pad_token_id,
             **choice,
         )

@@ -74,4 +74,6 @@ def _recipe_for(target: str, paths: Sequence[str], options: dict[str, object]) -
         raise ScrimpError(
             f"eval {target}: it is no run with held-out text of its own; name the text with --data"
         )
-    return replace(base, {"model.name": target, "model.init": "weights", **text, **options})
+    # A run's length decides nothing here, and a text may be shorter than one sequence.
+    fixed = {"model.name": target, "model.init": "weights", "steps": 1, "tokens": None}
+    return replace(base, {**fixed, **text, **options})

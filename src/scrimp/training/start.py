@@ -13,6 +13,7 @@ from typing import Any
 from scrimp import recipe_file
 from scrimp.base.errors import ScrimpError
 from scrimp.recipe import Recipe, flat, replace
+from scrimp.schedules import in_steps
 from scrimp.training.folder import RunFolder
 
 MAY_CHANGE = ("log", "checkpoint.every", "checkpoint.keep")  # of a run that is resumed
@@ -25,13 +26,15 @@ class Start:
     Attributes:
         recipe: The recipe to run: the stored one where a run is resumed.
         folder: The run's folder; None takes the next free one.
-        resuming: Whether a run was started in the folder before.
+        asked_to_resume: Whether the run in the folder is to go on, if there is one.
+        resuming: Whether there is one.
         overwrite: Whether a run in the folder is to be replaced.
         recorded: What that run ran with.
     """
 
     recipe: Recipe
     folder: RunFolder | None
+    asked_to_resume: bool = False
     resuming: bool = False
     overwrite: bool = False
     recorded: dict[str, Any] = field(default_factory=dict)
@@ -61,10 +64,14 @@ def choose_start(recipe: Recipe, *, out: Path | None, resume: bool, overwrite: b
     if resume and folder.is_run:
         stored = recipe_file.read(folder.recipe)
         return Start(
-            recipe=_agreed(recipe, stored.recipe), folder=folder, resuming=True, recorded=stored.recorded
+            recipe=_agreed(recipe, stored.recipe),
+            folder=folder,
+            asked_to_resume=True,
+            resuming=True,
+            recorded=stored.recorded,
         )
     folder.check_free(overwrite=overwrite)
-    return Start(recipe=recipe, folder=folder, overwrite=overwrite)
+    return Start(recipe=recipe, folder=folder, asked_to_resume=resume, overwrite=overwrite)
 
 
 def _agreed(asked: Recipe, stored: Recipe) -> Recipe:
@@ -80,7 +87,7 @@ def _agreed(asked: Recipe, stored: Recipe) -> Recipe:
             changes[name] = value
         elif name == "tokens" and value is not None:
             _check_tokens(value, stored)
-        elif value not in (None, "auto") and not _same(name, value, before):
+        elif value not in (None, "auto") and not _same(name, value, before, stored):
             raise ScrimpError(
                 f"{name} is {before!r} in the run to go on with, and {value!r} was asked for: "
                 "leave the option out, or start another run with another --out"
@@ -88,7 +95,7 @@ def _agreed(asked: Recipe, stored: Recipe) -> Recipe:
     return replace(stored, changes)
 
 
-def _same(name: str, value: Any, before: Any) -> bool:
+def _same(name: str, value: Any, before: Any, stored: Recipe) -> bool:
     if value == before:
         return True
     if name == "data.path":
@@ -97,7 +104,9 @@ def _same(name: str, value: Any, before: Any) -> bool:
         path = Path(value).expanduser().resolve()
         return Path(before) in (path, path / "model")
     if name in ("schedule.warmup", "schedule.decay"):
-        return bool(0 < value < 1)  # the stored one is in steps
+        assert stored.steps is not None
+        least = 1 if name == "schedule.decay" else 0
+        return bool(max(least, in_steps(value, stored.steps)) == before)  # the stored one is in steps
     return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scrimp.base.errors import ScrimpError
 from scrimp.build import build, inspect
@@ -13,7 +14,7 @@ from scrimp.training import checkpoint
 from scrimp.training.environment import process_state
 from scrimp.training.folder import RunFolder
 from scrimp.training.loop import Loop
-from scrimp.training.metrics import read_metrics
+from scrimp.training.metrics import as_json, read_metrics
 from scrimp.training.reporter import Reporter
 from scrimp.training.run import plan, restore
 from scrimp.training.start import choose_start
@@ -30,8 +31,7 @@ class Verdict:
         first: The checkpoint's step.
         last: The last step that was trained again.
         differing: The steps whose numbers differ.
-        weights_equal: Whether weights and optimizer state at `last` are those of its checkpoint; None where
-            there is none.
+        weights_equal: Whether the weights at `last` are those of its checkpoint; None where there is none.
     """
 
     first: int
@@ -61,41 +61,30 @@ def verify(out: Path, *, steps: int | None, reporter: Reporter, cache: Path | No
     if not folder.is_run:
         raise ScrimpError(f"verify {out}: this folder holds no run")
     rows = {row["step"]: row for row in read_metrics(folder.metrics) if row["kind"] == "train"}
-    saved = [
-        path
-        for path in checkpoint.complete(folder.checkpoints)
-        if checkpoint.step_of(path) < max(rows, default=0)
-    ]
-    if not saved:
+    saved = {checkpoint.step_of(path): path for path in checkpoint.complete(folder.checkpoints)}
+    first = min(saved, default=0)
+    if not saved or first >= max(rows, default=0):
         raise ScrimpError(
             f"verify {out}: it holds no checkpoint with a step after it; keep more with --checkpoint.keep"
         )
+    following = [step for step in saved if step > first]
+    last = min(max(rows), first + steps if steps else min(following, default=max(rows)))
     start = choose_start(Recipe(), out=out, resume=True)
     prepared, device, recipe, ledger = plan(inspect(start.recipe, cache=cache), reporter)
     with process_state(recipe, device):
         job = build(prepared, recipe, ledger, empty=True, say=reporter.phase)
-        point = restore(job, checkpoint.Found(saved[0], []), reporter)
-        first = point.progress.step
-        later = [checkpoint.step_of(path) for path in checkpoint.complete(folder.checkpoints)]
-        last = min(
-            max(rows),
-            first + steps
-            if steps is not None
-            else min((step for step in later if step > first), default=max(rows)),
-        )
+        point = restore(job, checkpoint.Found(saved[first], []), reporter)
         loop = Loop(
             job=job, progress=point.progress, meter=PeakMeter(device), reporter=reporter, stopper=Stopper()
         )
         reporter.plan(job)
-        differing = []
-        for step in range(first + 1, last + 1):
-            loop.run(step)
-            now = loop.progress.last
-            if now is None or any(getattr(now, name) != rows[step][name] for name in COMPARED):
-                differing.append(step)
-        equal = checkpoint.equals(
-            checkpoint.checkpoint_path(folder.checkpoints, last), job.model.state_dict()
-        )
-    return Verdict(
-        first=first, last=last, differing=tuple(differing), weights_equal=equal if last in later else None
-    )
+        differing = tuple(step for step in range(first + 1, last + 1) if not _repeats(loop, rows[step]))
+        equal = checkpoint.holds(saved[last], job.model.state_dict()) if last in saved else None
+    return Verdict(first=first, last=last, differing=differing, weights_equal=equal)
+
+
+def _repeats(loop: Loop, row: dict[str, Any]) -> bool:
+    """Train the step of a metrics row again, and tell whether its numbers are the same."""
+    loop.run(row["step"])
+    now = loop.progress.last
+    return now is not None and all(as_json(getattr(now, name)) == row[name] for name in COMPARED)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
-from scrimp.train.safetensors_stream import read_header, read_tensors_into, without_ties, write_tensors
+from scrimp.training.safetensors_stream import read_header, read_tensors_into, without_ties, write_tensors
 
 
 def awkward_tensors():

@@ -11,8 +11,8 @@ import torch
 
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
-from scrimp.train import checkpoint
-from scrimp.train.safetensors_stream import read_header, read_tensors_into
+from scrimp.training import checkpoint
+from scrimp.training.safetensors_stream import read_header, read_tensors_into
 
 
 class Killed(BaseException):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from scrimp.base.errors import ScrimpError
-from scrimp.train import checkpoint
-from scrimp.train.optimizer_state import load_optimizer, optimizer_numbers, optimizer_tensors
-from scrimp.train.safetensors_stream import write_tensors
+from scrimp.training import checkpoint
+from scrimp.training.optimizer_state import load_optimizer, optimizer_numbers, optimizer_tensors
+from scrimp.training.safetensors_stream import write_tensors
 
 
 def assert_same(ours, theirs):
