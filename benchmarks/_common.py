@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -59,7 +59,9 @@ class Benchmark:
         self._load_before, self._cpu_before = os.getloadavg(), _cpu_seconds()
         self._began = time.monotonic()
 
-    def expect(self, what: str, value: float, *, at_least: float | None = None, below: float | None = None) -> None:
+    def expect(
+        self, what: str, value: float, *, at_least: float | None = None, below: float | None = None
+    ) -> None:
         """Hold a number against its target, and say how it stands."""
         met = (at_least is None or value >= at_least) and (below is None or value < below)
         target = {"at_least": at_least} if at_least is not None else {"below": below}
@@ -70,7 +72,9 @@ class Benchmark:
     def write(self, results: dict[str, Any]) -> None:
         """Write the results, with the machine and the load, as JSON."""
         seconds = time.monotonic() - self._began
-        machine, own = (after - before for after, before in zip(_cpu_seconds(), self._cpu_before, strict=True))
+        machine, own = (
+            after - before for after, before in zip(_cpu_seconds(), self._cpu_before, strict=True)
+        )
         others = max(0.0, machine - own) / (seconds * CORES)
         busy = self._load_before[0] / CORES > BUSY_LOAD_PER_CORE or others > BUSY_OTHERS_SHARE
         document = {
@@ -148,7 +152,10 @@ def command_line() -> list[str]:
 def _cpu_seconds() -> tuple[float, float]:
     """Return the CPU seconds of the machine and of this process with its finished children."""
     busy, own = psutil.cpu_times(), os.times()
-    return busy.user + busy.system + busy.nice, own.user + own.system + own.children_user + own.children_system
+    return (
+        busy.user + busy.system + busy.nice,
+        own.user + own.system + own.children_user + own.children_system,
+    )
 
 
 def run(command: Sequence[str | Path], *, env: dict[str, str] | None = None) -> str:
@@ -183,7 +190,7 @@ def scrimp_command(*words: str | Path) -> list[str]:
 
 
 class Watched:
-    """A process that is timed from outside.
+    """A process that is timed from outside, and killed where the context is left before its end.
 
     Args:
         command: The program and its arguments.
@@ -194,22 +201,27 @@ class Watched:
     def __init__(
         self, command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> None:
-        self._said = tempfile.TemporaryFile()  # a pipe would fill up: nobody reads while it runs
+        # A pipe would fill up: nobody reads while it runs.
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._began = time.perf_counter()
         self._process = subprocess.Popen(
             command, env=clean_env(env), cwd=cwd, stdout=subprocess.DEVNULL, stderr=self._said
         )
 
-    def first_line(self, path: Path, *, then_kill: bool = False) -> float:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+    def first_line(self, path: Path) -> float:
         """Wait until it has written a whole line into a file, and return the seconds since its start."""
         while self._process.poll() is None:
             if path.is_file() and b"\n" in path.read_bytes()[:4096]:
-                seconds = time.perf_counter() - self._began
-                if then_kill:
-                    self._process.kill()
-                    self._process.wait()
-                    self._said.close()
-                return seconds
+                return time.perf_counter() - self._began
             time.sleep(POLL_S)
         raise SystemExit(f"{self._process.args!r} ended before its first step:\n{self._read()}")
 
@@ -223,7 +235,6 @@ class Watched:
         seconds, code = time.perf_counter() - self._began, self._process.wait()
         if code != 0:
             raise SystemExit(f"{self._process.args!r} failed ({code}):\n{self._read()}")
-        self._said.close()
         return seconds, peak
 
     def _read(self) -> str:

@@ -89,7 +89,9 @@ class Spec:
 
     def words(self) -> list[str]:
         """Return the recipe's fields as options of the command line."""
-        return [w for name, value in self.options().items() for w in (f"--{name.replace('_', '-')}", str(value))]
+        return [
+            w for name, value in self.options().items() for w in (f"--{name.replace('_', '-')}", str(value))
+        ]
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -23,10 +23,15 @@ COLUMNS = ("seconds", "first_step_seconds", "bits_per_byte", "peak_bytes")
 def main() -> None:
     benchmark = start("default_run", __doc__, _options)
     with tempfile.TemporaryDirectory(prefix="scrimp-default-") as work:
-        runs = [_run(Path(work), number, benchmark.arguments.options) for number in range(benchmark.arguments.runs)]
+        runs = [
+            _run(Path(work), number, benchmark.arguments.options)
+            for number in range(benchmark.arguments.runs)
+        ]
     found = {name: spread([run[name] for run in runs]) for name in COLUMNS if runs[0][name] is not None}
     benchmark.expect("seconds, the slowest run", found["seconds"]["highest"], below=90)
-    benchmark.expect("seconds to the first step, the slowest", found["first_step_seconds"]["highest"], below=15)
+    benchmark.expect(
+        "seconds to the first step, the slowest", found["first_step_seconds"]["highest"], below=15
+    )
     benchmark.expect("bits per byte, the worst", found["bits_per_byte"]["highest"], below=3.0)
     benchmark.write({**found, "each": runs})
 
@@ -39,9 +44,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(work: Path, number: int, options: list[str]) -> dict[str, Any]:
     """Do one run, with a cache of tokens that the first one finds empty."""
     out = work / f"run-{number}"
-    process = Watched(scrimp_command("train", *options, "--cache", work / "cache", "--out", out), cwd=work)
-    first_step = process.first_line(out / "metrics.jsonl")
-    seconds, peak = process.end()
+    command = scrimp_command("train", *options, "--cache", work / "cache", "--out", out)
+    with Watched(command, cwd=work) as process:
+        first_step = process.first_line(out / "metrics.jsonl")
+        seconds, peak = process.end()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     end = rows[-1]
     found = {

@@ -15,10 +15,11 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _common import run_json, say, scrimp_command, start
+from _common import run, run_json, say, scrimp_command, start
 
 TOLERANCE = 1e-5  # nats: the same fp32 products, summed in batches of another size
 ENDS = 5  # steps at either end over which the training loss is averaged
@@ -30,8 +31,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scrimp-finetune-") as folder:
         work = Path(folder)
         out = work / "run"
-        words = [*_recipe(options), "--cache", work / "cache", "--out", out]
-        finished = run_json(scrimp_command("train", *words, "--json"))
+        words = [*_recipe(options), "--cache", str(work / "cache"), "--out", str(out)]
+        finished = json.loads(run(scrimp_command("train", *words, "--json")))
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses = [row["loss"] for row in rows if row["kind"] == "train"]
         _side("rows", str(out), str(work / "cache"), str(work / "rows.npz"))
@@ -63,7 +64,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M: a GGUF file or a folder")
     parser.add_argument("--data", type=Path, help="a text; default: the Python standard library's source")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--threads", type=int, default=2)
@@ -141,7 +142,7 @@ def plain_loss(model_path: str, rows_path: str) -> dict[str, Any]:
     return {"loss": (nats / (labels != -100).sum()).item()}
 
 
-PROCESSES = {"_rows": write_rows, "_plain": plain_loss}
+PROCESSES: dict[str, Callable[..., dict[str, Any]]] = {"_rows": write_rows, "_plain": plain_loss}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:

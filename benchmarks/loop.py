@@ -38,7 +38,7 @@ SIDES = Path(__file__).with_name("_sides.py")
 LOSS_TOLERANCE = 1e-3  # the sides compute the same sums, in another order at most
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 SPINNING = {"GOMP_SPINCOUNT": "300000"}  # what GNU's OpenMP does where nothing is set
-OPENMP = {
+OPENMP: dict[str, dict[str, dict[str, str]]] = {
     "passive": {"ours": PASSIVE, "others": PASSIVE},
     "spinning": {"ours": SPINNING, "others": SPINNING},
     "shipped": {"ours": {}, "others": {}},  # ours asks for the passive wait, torch for none
@@ -62,9 +62,7 @@ class Case:
 
 
 CASES = (
-    Case(
-        model="llama-1m", batch=8, seq=128, steps=100, skip=10, targets={"bare": 0.97, "trainer": 1.05}
-    ),
+    Case(model="llama-1m", batch=8, seq=128, steps=100, skip=10, targets={"bare": 0.97, "trainer": 1.05}),
     Case(model="llama-60m", batch=1, seq=512, steps=12, skip=2, targets={"trainer": 0.98}),
 )
 
@@ -102,8 +100,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         "precision": "fp32",
         "optimizer": f"torch's fused AdamW, constant learning rate {options.lr:g}, clipped at 1",
         "ours": "memory read and metrics written at every step, plain lines every ten seconds",
-        "bare": "forward, backward, clip, step, schedule, zero_grad; no loss read, nothing measured or written",
-        "trainer": f"no evaluation, saving or reports; logging_steps {LOG_EVERY} (its default is 500), bar on",
+        "bare": "forward, backward, clip, step, schedule, zero_grad; no loss read, nothing written",
+        "trainer": f"no evaluation, saving, reports; logging_steps {LOG_EVERY} (its default is 500), bar on",
     }
 
 
@@ -172,7 +170,9 @@ def _first_step(benchmark: Benchmark, case: Case, spec: Spec) -> dict[str, Any]:
             told = dataclasses.replace(spec, announce=str(announce)).write(Path(folder) / "spec.json")
             ours = scrimp_command("train", *spec.words(), "--cache", spec.cache, "--out", out)
             theirs = [sys.executable, str(SIDES), "trainer", str(told)]
-            seconds["ours"].append(_until_first_step(ours, out / "metrics.jsonl", benchmark.arguments, "ours"))
+            seconds["ours"].append(
+                _until_first_step(ours, out / "metrics.jsonl", benchmark.arguments, "ours")
+            )
             seconds["trainer"].append(_until_first_step(theirs, announce, benchmark.arguments, "trainer"))
             say(
                 f"{case.name} first step: ours {seconds['ours'][-1]:.2f} s, "
@@ -187,7 +187,8 @@ def _first_step(benchmark: Benchmark, case: Case, spec: Spec) -> dict[str, Any]:
 
 
 def _until_first_step(command: list[str], path: Path, options: argparse.Namespace, side: str) -> float:
-    return Watched(command, env=_env(options, side)).first_line(path, then_kill=True)
+    with Watched(command, env=_env(options, side)) as process:
+        return process.first_line(path)
 
 
 if __name__ == "__main__":

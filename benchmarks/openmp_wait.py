@@ -64,9 +64,7 @@ def main() -> None:
                 for place, by_wait in speeds.items()
             },
             "passive_over": {
-                place: {
-                    wait: ratios(by_wait["passive"], by_wait[wait]) for wait in ("default", "active")
-                }
+                place: {wait: ratios(by_wait["passive"], by_wait[wait]) for wait in ("default", "active")}
                 for place, by_wait in speeds.items()
             },
         }

@@ -146,12 +146,7 @@ def _absolute(path: str) -> str:
 
 def _find_tokenizer(recipe: Recipe, model: models.Source) -> Path | None:
     named = recipe.data.tokenizer
-    if named is None:
-        return model.path
-    path = Path(named).expanduser()
-    if path.exists():
-        return path.resolve()
-    return models.locate(named).path
+    return model.path if named is None else models.locate_tokenizer(named)
 
 
 def prepare(inputs: Inputs, say: Say) -> Prepared:

@@ -18,6 +18,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from scrimp.base import extras
+from scrimp.base.deadline import within
 from scrimp.base.errors import ScrimpError
 from scrimp.base.platform import passive_openmp
 from scrimp.base.suggest import did_you_mean
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-HUB_SECONDS = 5.0  # of silence from the hub before it counts as unreachable
+HUB_SECONDS = 5.0  # without an answer from the hub before it counts as unreachable
 REASON_CHARACTERS = 300  # of another library's error that a sentence quotes
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_ID = re.compile(r"(?![./])[\w.-]+(/[\w.-]+)?")
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,9 @@ def locate(name: str, *, trust_remote_code: bool = False) -> Source:
         return _file(path.resolve())
     if path.is_dir():
         return _folder(path.resolve(), trust_remote_code=trust_remote_code)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")) or path.suffix == ".gguf":
+    if not HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ScrimpError(f"model {name!r}: there is no such file or folder{did_you_mean(name, SHAPES)}")
-    folder = _hub(name)
+    folder = _hub("model", name, MODEL_FILES)
     _folder(folder, trust_remote_code=trust_remote_code)
     return Source(name, "folder", folder)
 
@@ -85,6 +88,20 @@ def locate_trained(name: str, *, trust_remote_code: bool = False) -> Source:
     if not source.has_weights:
         raise ScrimpError(f"model {name}: it holds no weights; train it first, and name the run's folder")
     return source
+
+
+def locate_tokenizer(name: str) -> Path:
+    """Find a tokenizer: a file, the folder of a model or run, or a hub id, whose weights stay there.
+
+    Raises:
+        ScrimpError: There is no such tokenizer, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return (path / "model" if (path / "recipe.yaml").is_file() else path).resolve()
+    if not HUB_ID.fullmatch(name):
+        raise ScrimpError(f"tokenizer {name!r}: there is no such file or folder")
+    return _hub("tokenizer", name, TOKENIZER_FILES)
 
 
 def _file(path: Path) -> Source:
@@ -138,29 +155,29 @@ def _check_code(path: Path, config: dict[str, Any], *, trust_remote_code: bool) 
         )
 
 
-def _hub(name: str) -> Path:
+def _hub(kind: Literal["model", "tokenizer"], name: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+    needed = ("config.json", "*.safetensors") if kind == "model" else ("tokenizer*",)
     with contextlib.suppress(LocalEntryNotFoundError):
-        cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+        cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if all(any(cached.glob(pattern)) for pattern in needed):
             return cached
-    local = (
-        f"On this machine there are the named shapes {', '.join(SHAPES)}; a folder or a .gguf file works too."
-    )
+    near = did_you_mean(name, SHAPES) if kind == "model" else ""
+    shapes = f"there are the named shapes {', '.join(SHAPES)}; " if kind == "model" else ""
+    local = f"On this machine {shapes}a folder or a .gguf file works too."
     try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        within(HUB_SECONDS, lambda: HfApi().model_info(name, timeout=HUB_SECONDS))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise ScrimpError(
-            f"model {name!r}: neither a named shape{did_you_mean(name, SHAPES)}, nor a file or folder here, "
-            f"nor a model the hub shows you. {local}"
+            f"{kind} {name!r}: not on this machine{near}, and the hub shows none of that name. {local}"
         ) from None
     except Exception as error:
         raise ScrimpError(
-            f"model {name!r}: not on this machine{did_you_mean(name, SHAPES)}, and the Hugging Face hub "
-            f"cannot be reached ({type(error).__name__}). {local}"
+            f"{kind} {name!r}: not on this machine{near}, and the Hugging Face hub cannot be reached "
+            f"({type(error).__name__}). {local}"
         ) from None
 
 

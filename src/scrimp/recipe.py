@@ -191,7 +191,9 @@ class Evaluation(Section):
     every: Annotated[Count | None, Auto] = Field(
         default=None, description="steps between evaluations; none: a tenth of the run"
     )
-    tokens: Count = Field(default=32_768, description="held-out tokens, rounded up to whole documents")
+    tokens: Count = Field(
+        default=32_768, description="held-out tokens, rounded down to whole documents (at least one)"
+    )
 
 
 class Checkpoint(Section):

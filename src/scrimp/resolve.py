@@ -69,7 +69,9 @@ def resolve(prepared: Prepared, device: torch.device, *, fixed: int) -> tuple[Re
         raise ScrimpError(
             f"seq {seq}: model {recipe.model.name} has positions for {limit} tokens; lower --seq"
         )
-    batch = recipe.batch or (shape.batch if shape and recipe.micro_batch is None else DEFAULT_BATCH)
+    micro_batch = recipe.micro_batch or 1
+    usual_batch = shape.batch if shape else DEFAULT_BATCH
+    batch = recipe.batch or math.ceil(usual_batch / micro_batch) * micro_batch
     budget = recipe.memory or (shape.memory if shape else None) or f"{free_bytes(device) // 2**20}MiB"
     default_lr = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
     recipe = replace(
@@ -79,7 +81,7 @@ def resolve(prepared: Prepared, device: torch.device, *, fixed: int) -> tuple[Re
             "optimizer.lr": recipe.optimizer.lr or default_lr,
             "seq": seq,
             "batch": batch,
-            "micro_batch": recipe.micro_batch or 1,
+            "micro_batch": micro_batch,
             "precision": _precision(recipe, device),
             "device": device.type,
             "threads": recipe.threads or platform.usable_cores(),
@@ -145,8 +147,8 @@ def _resolve_micro_batch(prepared: Prepared, recipe: Recipe, *, fixed: int) -> t
     floor = held["fixed"] + held["weights"] + held["optimizer state"]
     if floor > budget:
         raise ScrimpError(
-            f"memory {recipe.memory}: weights and optimizer state of {recipe.model.name} alone need "
-            f"{format_bytes(floor)}; raise --memory or choose a smaller model"
+            f"memory {recipe.memory}: the program, weights and optimizer state of {recipe.model.name} alone "
+            f"need {format_bytes(floor)}; raise --memory or choose a smaller model"
         )
     tried = ((size, predicted(size)) for size in sizes)
     size, ledger = next((fit for fit in tried if fit[1].peak.total <= budget), (sizes[-1], smallest))

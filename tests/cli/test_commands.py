@@ -303,6 +303,11 @@ def test_json_of_a_command_is_plain_data(capsys: pytest.CaptureFixture[str]) -> 
     assert isinstance(json.loads(capsys.readouterr().out), dict)
 
 
+def test_what_json_has_no_word_for_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    guard.print_json({"loss": float("nan"), "of": [float("inf"), 1.5], "path": Path("a")})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "of": [None, 1.5], "path": "a"}
+
+
 def test_a_terminal_gets_a_bar_and_anything_else_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = []
     for is_terminal in (True, False):

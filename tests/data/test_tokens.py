@@ -3,8 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,27 +120,34 @@ def test_a_damaged_cache_is_made_again(
     assert again.train.tokens.tolist() == expected
 
 
-def _prepare_at_once(path: str, cache: str, barrier: object, results: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    corpus = prepare(find_sources([path]), byte_tokenizer(), cache=Path(cache))
-    results.put((corpus.fingerprint, int(corpus.train.tokens.astype(np.int64).sum())))  # type: ignore[attr-defined]
+PREPARE_ON_SIGNAL = """
+import sys
+from pathlib import Path
+from scrimp.data import byte_tokenizer, find_sources, prepare
+tokenizer = byte_tokenizer()
+print("ready", flush=True)
+sys.stdin.readline()
+corpus = prepare(find_sources([sys.argv[1]]), tokenizer, cache=Path(sys.argv[2]))
+print(corpus.fingerprint, int(corpus.train.tokens.sum(dtype="int64")))
+"""
 
 
 @pytest.mark.slow
 def test_two_writers_at_once_end_with_one_whole_folder(write: Write, cache: Path) -> None:
     """Two processes, since only they can collide on the disk."""
     path = write("a.txt", "some text\n" * 200_000)
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    workers = [
-        context.Process(target=_prepare_at_once, args=(str(path), str(cache), barrier, results))
-        for _ in range(2)
+    command = [sys.executable, "-c", PREPARE_ON_SIGNAL, str(path), str(cache)]
+    writers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    for worker in workers:
-        worker.start()
-    found = {results.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    found = {writer.communicate(timeout=60)[0] for writer in writers}
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert len(found) == 1
     assert len(list((cache / "tokens").iterdir())) == 1
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import transformers
 from tests.training.conftest import write_gpt2, write_text
 
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
+from scrimp.data import byte_tokenizer
 from scrimp.training import loop
 from scrimp.training.metrics import read_metrics
 
@@ -69,6 +71,28 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(lab: Lab, changes: d
 
 def test_dropout_goes_on_where_it_was(lab: Lab) -> None:
     recipe = lab.recipe(model=str(write_gpt2(lab.path / "gpt2", dropout=0.1)), checkpoint__every=2)
+    lab.train(recipe, "whole")
+    stop_after(lab, 4, recipe)
+    lab.train(recipe, resume=True)
+    assert_same(lab, "run")
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("OPTConfig", {"word_embed_proj_dim": 16, "ffn_dim": 24, "dropout": 0.1, "layerdrop": 0.3}),
+    "gemma3": ("Gemma3TextConfig", {"intermediate_size": 24, "head_dim": 8, "sliding_window": 4}),
+    "mamba": ("MambaConfig", {"state_size": 4}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_buffers_and_draws_of_their_own_go_on_exactly(lab: Lab, family: str) -> None:
+    """A resumed model is made empty: what no checkpoint holds must be made all the same."""
+    kind, values = FAMILIES[family]
+    sizes = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = lab.path / family
+    getattr(transformers, kind)(**sizes, **values, max_position_embeddings=64).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    recipe = lab.recipe(model=str(model), checkpoint__every=2, steps=4)
     lab.train(recipe, "whole")
     stop_after(lab, 4, recipe)
     lab.train(recipe, resume=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from scrimp.base import files
 from scrimp.base.errors import Interrupted
 from scrimp.training.stopping import Stopper
 
@@ -64,6 +65,39 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_from_before(lab: Lab)
     assert stop.value.signal_number == signal.SIGINT
     assert lab.checkpoints() == [2, 4]
     lab.train(recipe, resume=True)
+    assert lab.rows() == lab.rows("whole") and lab.weights() == lab.weights("whole")
+
+
+def test_a_second_ctrl_c_inside_a_save_keeps_the_checkpoint_before(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = lab.recipe(checkpoint__every=2)
+    lab.train(recipe, "whole")
+    real = files.fsync
+
+    def fsync(path: Path) -> None:
+        real(path)
+        if ".partial-step-00000004" in str(path):
+            send(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fsync", fsync)
+        with pytest.raises(Interrupted, match="stopped at once"):
+            lab.train(recipe)
+    assert lab.checkpoints() == [2]
+    lab.train(recipe, resume=True)
+    assert lab.rows() == lab.rows("whole") and lab.weights() == lab.weights("whole")
+
+
+def test_a_ctrl_c_while_the_model_is_written_stops_at_once_and_the_rest_is_done_later(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.train(lab.recipe(), "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("scrimp.models.export", lambda *_: send(signal.SIGINT))
+        with pytest.raises(Interrupted, match="stopped at once; go on with"):
+            lab.train(lab.recipe())
+    lab.train(lab.recipe(), resume=True)
     assert lab.rows() == lab.rows("whole") and lab.weights() == lab.weights("whole")
 
 

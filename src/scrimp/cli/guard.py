@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import signal
 import sys
 import traceback
@@ -68,4 +69,13 @@ def complain(message: str, code: int, *, as_json: bool) -> None:
 
 def print_json(document: Any) -> None:
     """Write the one JSON document of a command to standard output."""
-    print(json.dumps(document, indent=2, default=str))
+    print(json.dumps(_finite(document), indent=2, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Put null for NaN and infinities, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from scrimp.base.deadline import within
 from scrimp.base.errors import ScrimpError
 from scrimp.base.extras import load
 from scrimp.base.suggest import did_you_mean
@@ -174,7 +175,7 @@ def _hub_answers(identifier: str) -> bool:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        HfApi().dataset_info(identifier, timeout=_HUB_SECONDS)
+        within(_HUB_SECONDS, lambda: HfApi().dataset_info(identifier, timeout=_HUB_SECONDS))
     except RepositoryNotFoundError as error:
         raise ScrimpError(
             f"{identifier} is no file or folder here, nor a dataset the hub shows you"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from scrimp.report.summary import done_lines, next_commands, plan_lines, sample_text
@@ -61,9 +62,10 @@ class LineReporter:
             self.note(f"try: {command}")
 
     def note(self, message: str) -> None:
-        """Write a line."""
+        """Write a line; a reader that left (`scrimp train 2>&1 | head`) stops no run."""
         self._last = time.monotonic()
-        print(message, file=self._stream, flush=True)
+        with suppress(BrokenPipeError):
+            print(message, file=self._stream, flush=True)
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._last >= LINE_SECONDS

@@ -1,0 +1,182 @@
+"""Write the tables of the benchmarks page from `benchmarks/results/*.json`.
+
+`python scripts/results_table.py` rewrites what stands in `docs/benchmarks.md` between `<!-- results -->` and
+`<!-- end of results -->`; `tests/test_docs.py` fails while the page differs from the results. A benchmark
+without a result says so. A result that was made on a busy machine is marked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- results -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+
+Document = dict[str, Any]
+Row = tuple[str, str, str, str]  # what, measured, promised, met
+
+TITLES = {
+    "default_run": "The default run",
+    "loop": "The loop, against a bare PyTorch loop and transformers' Trainer",
+    "openmp_wait": "How OpenMP's threads wait",
+    "startup": "Starting up",
+    "tokenising": "Tokenising, against datasets.map",
+    "preparing_memory": "Memory while a corpus is prepared",
+    "kills": "Kill and resume",
+    "finetune": "Fine-tuning SmolLM2-135M",
+}
+LEAST_TOKENISING_RATIO = 1.3
+MOST_PREPARING_MB = 400
+
+
+def page(text: str, results: Path = RESULTS) -> str:
+    """Return the page with its tables written anew."""
+    sections = "\n\n".join(section(name, results / f"{name}.json") for name in TITLES)
+    return PLACE.sub(lambda place: f"{place[1]}\n{sections}\n\n{place[3]}", text)
+
+
+def section(name: str, path: Path) -> str:
+    """Return one benchmark's heading, tables, and what it was measured on."""
+    heading = f"## {TITLES[name]}\n"
+    if not path.is_file():
+        return f"{heading}\nNo result yet: `benchmarks/{name}.py` makes one."
+    document = json.loads(path.read_text(encoding="utf-8"))
+    rows = [_target(target) for target in document.get("targets", [])] + OTHER_ROWS.get(name, _none)(document)
+    return f"{heading}\n{table(rows)}\n\n{_measured_on(document)}"
+
+
+def table(rows: list[Row]) -> str:
+    """Return rows as a Markdown table."""
+    lines = [("", "measured", "promised", "met"), ("---",) * 4, *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Write a number with four significant digits, whole ones in full."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _target(target: Document) -> Row:
+    promised = next(
+        (
+            f"{words} {number(target[key])}"
+            for key, words in (("at_least", "at least"), ("below", "below"))
+            if key in target
+        ),
+        "",
+    )
+    return target["what"], number(target["value"]), promised, "yes" if target["met"] else "**no**"
+
+
+def _none(_: Document) -> list[Row]:
+    return []
+
+
+def _spread(found: Document) -> str:
+    return f"{number(found['median'])} ({number(found['lowest'])} to {number(found['highest'])})"
+
+
+def _loop(document: Document) -> list[Row]:
+    return [
+        (f"{case}: tokens/s, {side}", _spread(spread), "", "")
+        for case, found in document["results"]["cases"].items()
+        for side, spread in found["tokens_per_s"].items()
+    ]
+
+
+def _openmp_wait(document: Document) -> list[Row]:
+    results = document["results"]
+    return [
+        (f"{place}: tokens/s, {wait} wait", _spread(spread), "", "")
+        for place, by_wait in results["tokens_per_s"].items()
+        for wait, spread in by_wait.items()
+    ] + [
+        (f"{place}: passive / {wait}", _spread(spread), "", "")
+        for place, by_wait in results["passive_over"].items()
+        for wait, spread in by_wait.items()
+    ]
+
+
+def _tokenising(document: Document) -> list[Row]:
+    if document.get("targets"):
+        return []
+    speeds = [
+        (f"MB per CPU second, {side}", number(speed), "", "") for side, speed in document["median"].items()
+    ]
+    ratio = document["ratio"]
+    promised = f"at least {LEAST_TOKENISING_RATIO}"
+    met = "yes" if ratio >= LEAST_TOKENISING_RATIO else "**no**"
+    return [*speeds, ("scrimp / datasets.map", number(ratio), promised, met)]
+
+
+def _preparing_memory(document: Document) -> list[Row]:
+    if document.get("targets"):
+        return []
+    return [
+        (
+            f"{run['corpus_megabytes']:,} MB with the tokenizer {Path(run['tokenizer']).name}: MB above idle",
+            number(run["above_idle_megabytes"]),
+            f"at most {MOST_PREPARING_MB}",
+            "yes" if run["above_idle_megabytes"] <= MOST_PREPARING_MB else "**no**",
+        )
+        for run in document["runs"]
+    ]
+
+
+def _kills(document: Document) -> list[Row]:
+    if document.get("targets"):
+        return []
+    rows = []
+    for place in dict.fromkeys(kill["place"] for kill in document["each"]):
+        here = [kill["identical"] for kill in document["each"] if kill["place"] == place]
+        met = "yes" if all(here) else "**no**"
+        where = {"random": "at a random moment"}.get(place, place)
+        rows.append((f"killed {where}, resumed, identical", f"{sum(here)} of {len(here)}", "all", met))
+    return rows
+
+
+OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
+    "loop": _loop,
+    "openmp_wait": _openmp_wait,
+    "tokenising": _tokenising,
+    "preparing_memory": _preparing_memory,
+    "kills": _kills,
+}
+
+
+def _measured_on(document: Document) -> str:
+    """Say on what, with which versions and by which command a result was made."""
+    around = document.get("environment") or {
+        **document.get("machine", {}),
+        "versions": document.get("versions", {}),
+    }
+    words = [str(around[key]) for key in ("cpu", "platform", "system") if key in around]
+    words += [f"{around['cores']} cores"] if "cores" in around else []
+    versions = {"python": around["python"]} if "python" in around else {}
+    words += [f"{name} {version}" for name, version in (versions | around.get("versions", {})).items()]
+    parts = [", ".join(words) + "."]
+    if command := document.get("command"):
+        parts.append(f"Command: `{command if isinstance(command, str) else shlex.join(command)}`.")
+    if document.get("busy"):
+        parts.append("**The machine was busy: timings are not to be trusted.**")
+    return " ".join(parts)
+
+
+def main() -> None:
+    """Rewrite the page."""
+    old = PAGE.read_text(encoding="utf-8")
+    new = page(old)
+    if new != old:
+        PAGE.write_text(new, encoding="utf-8")
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
