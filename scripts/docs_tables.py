@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
+from typer.main import get_command
 
+from scrimp.cli import app
 from scrimp.methods import METHODS
 from scrimp.recipe import fields
 from scrimp.shapes import SHAPES
@@ -70,7 +72,23 @@ def methods_table() -> str:
     return _table(("method", "pieces", "memory", "source", "reported there"), rows)
 
 
-TABLES = {"fields": fields_table, "shapes": shapes_table, "methods": methods_table}
+def commands_table() -> str:
+    """Every command's own arguments and options; the fields of a recipe have a table of their own."""
+    rows = [
+        (f"`scrimp {name}`", f"`{parameter.metavar or parameter.opts[0]}`", parameter.help)
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+        for parameter in command.params
+        if not parameter.name.startswith("field_")
+    ]
+    return _table(("command", "argument or option", "meaning"), rows)
+
+
+TABLES = {
+    "fields": fields_table,
+    "shapes": shapes_table,
+    "methods": methods_table,
+    "commands": commands_table,
+}
 
 
 def with_tables(page: str) -> str:

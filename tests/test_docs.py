@@ -1,28 +1,56 @@
-"""The documentation agrees with the code."""
+"""The documentation agrees with the code: tables, results, commands, options, links and the picture."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from scrimp.cli import app
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TOP = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = sorted([*DOCS.rglob("*.md"), *(ROOT / name for name in TOP)])
+PICTURE = DOCS / "assets" / "default-run.svg"
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+GROUP: Any = get_command(app)
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "scripts" / "docs_tables.py")
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return _load("docs_tables")
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    return _load("results_table")
+
+
 def test_tables_in_the_docs_are_those_of_the_code(tables: ModuleType) -> None:
-    pages = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))}
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
     found = [name for page in pages.values() for _, name, _, _ in tables.PLACE.findall(page)]
     assert sorted(found) == sorted(tables.TABLES)
     stale = [path.name for path, page in pages.items() if tables.with_tables(page) != page]
@@ -30,7 +58,120 @@ def test_tables_in_the_docs_are_those_of_the_code(tables: ModuleType) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
     assert len(pages) > 8
     assert {line.split(": ")[-1].strip() for line in navigation.splitlines() if line.endswith(".md")} == pages
+
+
+def test_benchmarks_page_is_what_the_results_say(results: ModuleType) -> None:
+    page = results.PAGE.read_text(encoding="utf-8")
+    assert len(results.PLACE.findall(page)) == 1
+    assert results.page(page) == page, "run: python scripts/results_table.py"
+    assert {path.stem for path in results.RESULTS.glob("*.json")} <= set(results.TITLES)
+
+
+def test_a_result_becomes_a_table_and_a_missing_one_says_so(results: ModuleType, tmp_path: Path) -> None:
+    document = {
+        "command": ["python", "benchmarks/startup.py", "--runs", "2"],
+        "busy": True,
+        "environment": {"cpu": "Abacus", "cores": 2, "versions": {"python": "3.11.7"}},
+        "targets": [
+            {"what": "seconds", "value": 0.31249, "below": 0.5, "met": True},
+            {"what": "packages", "value": 46, "below": 46, "met": False},
+        ],
+        "results": {},
+    }
+    (tmp_path / "startup.json").write_text(json.dumps(document), encoding="utf-8")
+    section = results.section("startup", tmp_path / "startup.json")
+    assert "| seconds | 0.3125 | below 0.5 | yes |" in section
+    assert "| packages | 46 | below 46 | **no** |" in section
+    assert "Abacus, 2 cores, python 3.11.7. Command: `python benchmarks/startup.py --runs 2`." in section
+    assert "busy" in section
+    assert "No result yet" in results.section("loop", tmp_path / "loop.json")
+    assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in results.TITLES)
+
+
+def _shown_commands() -> Iterator[tuple[str, list[str]]]:
+    """Yield every `scrimp …` of a console block, as the page and its words."""
+    for path in PAGES:
+        for kind, block in BLOCK.findall(path.read_text(encoding="utf-8")):
+            for line in block.splitlines() if kind == "console" else ():
+                for part in line.removeprefix("$ ").split("&&"):
+                    words = shlex.split(part)
+                    if words and Path(words[0]).name == "scrimp":
+                        yield path.name, words[1:]
+
+
+def test_every_command_that_is_shown_parses() -> None:
+    shown = list(_shown_commands())
+    assert {page for page, _ in shown} >= {"README.md", "tutorial.md", "index.md"}
+    for page, (name, *words) in shown:
+        assert name in GROUP.commands, f"{page}: {name}"
+        GROUP.commands[name].make_context(name, list(words))  # raises where it does not parse
+
+
+def test_every_option_that_is_named_exists() -> None:
+    general = {option for parameter in GROUP.params for option in parameter.opts} | {"--help"}
+    known = {name: {o for p in c.params for o in p.opts} | general for name, c in GROUP.commands.items()}
+    anywhere = set().union(*known.values())
+    seen = 0
+    for path in PAGES:
+        for span in SPAN.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
+            program, *words = span.split()
+            if program == "scrimp" and words:
+                name = words[0] if words[0] in known else None
+                assert name or words[0] in general, f"{path.name}: {span}"
+                wanted, allowed = words[1:], known[name] if name else general
+            elif span.startswith("--"):
+                wanted, allowed = span.split(), anywhere
+            else:
+                continue
+            options = {word for word in wanted if word.startswith("--")}
+            assert options <= allowed, f"{path.name}: {span}"
+            seen += 1
+    assert seen > 50
+
+
+def test_every_link_to_a_file_resolves() -> None:
+    seen = 0
+    for path in PAGES:
+        for target in LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
+            if not target.startswith(("https://", "#")):
+                assert (path.parent / target.partition("#")[0]).is_file(), f"{path.name}: {target}"
+                seen += 1
+    assert seen > 30
+
+
+def test_architecture_names_every_module() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (ROOT / "src" / "scrimp").rglob("*.py") if path.name != "__init__.py"}
+    commands = {f"{path.stem}.py" for path in (ROOT / "src" / "scrimp" / "cli").glob("*.py")}
+    missing = {name for name in modules - commands if not re.search(rf"\b{re.escape(name)}\b", page)}
+    assert missing == set()
+
+
+def test_reference_describes_every_public_name() -> None:
+    import scrimp
+    import scrimp.optim
+
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    public = [f"scrimp.{name}" for name in scrimp.__all__ if not name.startswith("__")]
+    public += [f"scrimp.optim.{name}" for name in scrimp.optim.__all__]
+    assert [name for name in public if f"\n::: {name}\n" not in page] == []
+
+
+def test_the_picture_fetches_nothing() -> None:
+    text = PICTURE.read_text(encoding="utf-8")
+    assert "bits&#160;per&#160;byte" in text  # a finished run
+    addresses = re.findall(r"(?:href|src)=|@import|url\((?!#)", text)
+    assert addresses == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the picture is drawn with a pseudo-terminal")
+def test_a_bar_that_was_drawn_over_is_one_line_in_the_picture() -> None:
+    screen = _load("terminal_picture").Screen()
+    frames = "".join(f"\r\x1b[2Kstep \x1b[1m{n}\x1b[0m/9  loss 1  {9 - n} s left" for n in range(1, 10))
+    screen.write(f"plan\r\n{frames}\r\n\x1b[1A\x1b[2Kresult\r\n")
+    picture = re.sub(r"\x1b\[[\d;]*m", "", screen.picture())
+    assert picture == "plan\nstep 6/9  loss 1  3 s left\nresult"

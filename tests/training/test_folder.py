@@ -81,7 +81,11 @@ def test_overwriting_replaces_the_run_and_nothing_else(lab: Lab) -> None:
     lab.train(lab.recipe(), "fresh")
     lab.train(lab.recipe(seed=5, steps=9))
     (lab.path / "run" / "notes.txt").write_text("mine")
-    lab.train(lab.recipe(), overwrite=True)
+    before: list[str] = []
+    look = lab.reporter({0: lambda: before.extend(path.name for path in (lab.path / "run").iterdir())})
+    lab.train(lab.recipe(), overwrite=True, reporter=look)
+    # Nothing of the old run is left for a resume to find, should the new one die in its first step.
+    assert sorted(before) == [".lock", "notes.txt", "recipe.yaml"]
     assert lab.rows() == lab.rows("fresh") and lab.weights() == lab.weights("fresh")
     assert lab.checkpoints() == lab.checkpoints("fresh")
     assert (lab.path / "run" / "notes.txt").read_text() == "mine"

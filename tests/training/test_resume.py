@@ -79,7 +79,7 @@ def test_dropout_goes_on_where_it_was(lab: Lab) -> None:
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"word_embed_proj_dim": 16, "ffn_dim": 24, "dropout": 0.1, "layerdrop": 0.3}),
-    "gemma3": ("Gemma3TextConfig", {"intermediate_size": 24, "head_dim": 8, "sliding_window": 4}),
+    "gemma3": ("Gemma3TextConfig", {"intermediate_size": 24, "head_dim": 8, "num_key_value_heads": 1}),
     "mamba": ("MambaConfig", {"state_size": 4}),
 }
 
@@ -341,10 +341,21 @@ def test_lost_metrics_are_said_and_not_filled_with_zeros(lab: Lab) -> None:
 
 def test_a_resumed_run_keeps_its_prediction(lab: Lab) -> None:
     stop_after(lab, 3, lab.recipe())
-    ballast = bytes(2**24)  # the process holds more now, the run does not
+    ballast = b"x" * 2**26  # the process holds more now, the run does not
     lab.train(lab.recipe(), resume=True)
     rows = read_metrics(lab.path / "run" / "metrics.jsonl")
     assert len({row["predicted_bytes"] for row in rows}) == 1 and ballast
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+def test_a_deterministic_gpu_run_goes_on_exactly(lab: Lab, precision: str) -> None:
+    changes = {"device": "cuda", "deterministic": True, "precision": precision, "checkpoint.every": 2}
+    recipe = lab.recipe(**changes)
+    lab.train(recipe, "whole")
+    stop_after(lab, 4, recipe)
+    lab.train(recipe, resume=True)
+    assert_same(lab, "run")
 
 
 def test_more_text_elsewhere_changes_nothing(lab: Lab) -> None:

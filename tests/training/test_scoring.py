@@ -60,15 +60,14 @@ def test_other_text_is_scored_whole_and_none_of_it_held_out(lab: Lab) -> None:
     found = ask(lab, run.out, text)
     model = AutoModelForCausalLM.from_pretrained(run.model)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
-    ids = [tokenizer.bos_token_id, *tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]]
-    assert found.eval_bytes == text.stat().st_size == len(ids) - 1
-    assert found.eval_tokens in (len(ids) - 1, len(ids))  # whether the end of the text is predicted
+    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]  # where a text ends is predicted too
     nats = 0.0
     with torch.no_grad():
-        row = [*ids, tokenizer.eos_token_id] if found.eval_tokens == len(ids) else ids
         for first in range(0, len(row) - 1, 16):
             part = torch.tensor([row[first : first + 17]])
             nats += model(input_ids=part, labels=part).loss.item() * (part.shape[1] - 1)
+    assert found.eval_bytes == text.stat().st_size and found.eval_tokens == len(ids) + 1
     assert found.eval_loss == pytest.approx(nats / found.eval_tokens, rel=1e-5)
 
 

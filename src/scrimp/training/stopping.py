@@ -41,7 +41,8 @@ class Stopper:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # None: it was not set by Python, and cannot be set by it either
+                    signal.signal(number, handler)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
