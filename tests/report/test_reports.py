@@ -164,6 +164,7 @@ def test_a_budget_that_is_passed_is_told_once(
 
 def test_what_a_model_says_cannot_command_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scrimp.training.sample.sample", lambda *_, **__: f"a{ESCAPE}[2J\x07\r\n\tb\x9b")
+    monkeypatch.setattr("scrimp.training.sample.text_prompt", lambda *_: [0])
     job: Any = type("Job", (), {"model": None, "prepared": type("P", (), {"tokenizer": None})})
     shown = summary.sample_text(job)
     assert shown == "a\ufffd[2J\ufffd\ufffd\n\tb\ufffd"

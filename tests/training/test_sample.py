@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scrimp.base.errors import ScrimpError
-from scrimp.training.sample import chat_prompt, sample
+from scrimp.training.sample import chat_prompt, sample, text_prompt
 
 if TYPE_CHECKING:
     from tests.training.conftest import Lab
@@ -22,7 +22,7 @@ def pair(lab: Lab) -> tuple[Any, Any]:
 
 
 def test_a_sample_begins_with_its_prompt_and_repeats_by_seed(pair: tuple[Any, Any]) -> None:
-    texts = [sample(*pair, "the cat", tokens=20, seed=seed) for seed in (1, 1, 2)]
+    texts = [sample(*pair, text_prompt(pair[1], "the cat"), tokens=20, seed=seed) for seed in (1, 1, 2)]
     assert all(text.startswith("the cat") for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
@@ -30,7 +30,7 @@ def test_a_sample_begins_with_its_prompt_and_repeats_by_seed(pair: tuple[Any, An
 def test_a_sample_leaves_the_model_and_the_random_state_alone(pair: tuple[Any, Any]) -> None:
     model = pair[0].train()
     before = torch.get_rng_state()
-    sample(*pair, "", tokens=5)
+    sample(*pair, text_prompt(pair[1], ""), tokens=5)
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -44,7 +44,9 @@ def test_temperature_zero_takes_the_likeliest_token(pair: tuple[Any, Any]) -> No
             if ids[-1] == tokenizer.eos_token_id:
                 break
     expected = tokenizer.decode(ids, skip_special_tokens=True)
-    assert sample(model, tokenizer, "the", tokens=6, temperature=0, seed=3) == expected
+    assert (
+        sample(model, tokenizer, text_prompt(tokenizer, "the"), tokens=6, temperature=0, seed=3) == expected
+    )
 
 
 def test_every_token_that_top_p_allows_can_be_drawn(pair: tuple[Any, Any]) -> None:
@@ -56,17 +58,27 @@ def test_every_token_that_top_p_allows_can_be_drawn(pair: tuple[Any, Any]) -> No
     model.config.max_position_embeddings = 2048
     kinds: set[str] = set()
     for seed in range(4):
-        kinds |= set(sample(model, tokenizer, "", tokens=100, temperature=1.0, top_p=1.0, seed=seed))
+        kinds |= set(
+            sample(
+                model,
+                tokenizer,
+                text_prompt(tokenizer, ""),
+                tokens=100,
+                temperature=1.0,
+                top_p=1.0,
+                seed=seed,
+            )
+        )
     assert len(kinds) > 60
 
 
 def test_a_sample_ends_where_the_models_context_does(pair: tuple[Any, Any]) -> None:
     model, tokenizer = pair
     model.generation_config.eos_token_id = None
-    text = sample(model, tokenizer, "", tokens=10_000, temperature=0)
+    text = sample(model, tokenizer, text_prompt(tokenizer, ""), tokens=10_000, temperature=0)
     assert 0 < len(tokenizer(text)["input_ids"]) <= 64 * 3  # a token that is no text becomes three bytes
     with pytest.raises(ScrimpError, match="shorten it"):
-        sample(model, tokenizer, "x" * 64, tokens=1)
+        sample(model, tokenizer, text_prompt(tokenizer, "x" * 64), tokens=1)
 
 
 def test_a_chat_prompt_is_the_templates_own(pair: tuple[Any, Any]) -> None:
@@ -78,4 +90,4 @@ def test_a_chat_prompt_is_the_templates_own(pair: tuple[Any, Any]) -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    assert chat_prompt(tokenizer, "hello") == "<user>hello</><assistant>"
+    assert tokenizer.decode(chat_prompt(tokenizer, "hello")) == "<user>hello</><assistant>"

@@ -38,7 +38,7 @@ def generate(
     import torch
 
     from scrimp import data
-    from scrimp.training.sample import chat_prompt, sample
+    from scrimp.training.sample import chat_prompt, sample, text_prompt
 
     model = models.load(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     assert source.path is not None
@@ -46,7 +46,7 @@ def generate(
     text = sample(
         model,
         tokenizer,
-        chat_prompt(tokenizer, prompt) if chat else prompt,
+        chat_prompt(tokenizer, prompt) if chat else text_prompt(tokenizer, prompt),
         tokens=tokens,
         temperature=temperature,
         top_p=top_p,

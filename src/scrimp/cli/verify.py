@@ -18,6 +18,9 @@ def verify(
         int | None, typer.Option(min=1, help="Steps to train again; none: up to the next checkpoint.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of the token files.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON document.")] = False,
 ) -> None:
     """Train a stretch of a run again from a checkpoint and compare bit for bit; exit code 2 if it differs."""
@@ -25,7 +28,9 @@ def verify(
     load_torch(reporter)
     from scrimp.training.verify import verify as verify_run
 
-    verdict = verify_run(run, steps=steps, reporter=reporter, cache=cache)
+    verdict = verify_run(
+        run, steps=steps, reporter=reporter, cache=cache, trust_remote_code=trust_remote_code
+    )
     weights = {True: "equal", False: "DIFFERENT", None: "not compared (no checkpoint there)"}[
         verdict.weights_equal
     ]

@@ -55,7 +55,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+        self.name = str(tokenizer.name_or_path or "the tokenizer")
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise ScrimpError(

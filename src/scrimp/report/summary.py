@@ -58,12 +58,16 @@ def data_line(corpus: Corpus) -> str:
     """Write what a corpus is made of."""
     report = corpus.report
     parts = [
-        f"{report.description}: {report.files:,} files, {report.documents:,} documents, "
-        f"{format_count(report.tokens)} tokens, {corpus.held_out.documents:,} documents held out"
+        f"{report.description}: {_some(report.files, 'file')}, {_some(report.documents, 'document')}, "
+        f"{format_count(report.tokens)} tokens, {_some(corpus.held_out.documents, 'document')} held out"
     ]
     if report.skipped:
-        parts.append(f"{report.skipped:,} files are no text and were skipped")
+        parts.append(f"{_some(report.skipped, 'file')} without text skipped")
     return "; ".join([*parts, *report.notes])
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def memory_line(peak: Moment, budget: int) -> str:
@@ -106,9 +110,11 @@ def done_lines(job: Job, run: Run) -> Lines:
 
 def sample_text(job: Job) -> str:
     """Return a short sample of the model, from the start of a document."""
-    from scrimp.training.sample import sample
+    from scrimp.training.sample import sample, text_prompt
 
-    text = sample(job.model, job.prepared.tokenizer, "", tokens=SAMPLE_TOKENS, seed=SAMPLE_SEED)
+    tokenizer = job.prepared.tokenizer
+    start = text_prompt(tokenizer, "")
+    text = sample(job.model, tokenizer, start, tokens=SAMPLE_TOKENS, seed=SAMPLE_SEED)
     # A model of bytes says control characters too, and a terminal would obey them.
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
@@ -116,7 +122,7 @@ def sample_text(job: Job) -> str:
 def next_commands(run: Run) -> list[str]:
     """Return commands worth trying next."""
     return [
-        f"scrimp generate {run.out} --prompt 'def '",
-        f"scrimp eval {run.out} --data README.md",
+        f"scrimp generate {run.out} --prompt 'import '",
+        f"scrimp verify {run.out}",
         "scrimp train --data YOUR_TEXT",
     ]

@@ -117,7 +117,13 @@ def plan(
     device = choose_device(inputs.recipe)
     reporter.phase("planning", None)
     recipe, ledger = resolve(prepared, device, fixed=fixed_bytes(device) if fixed is None else fixed)
-    make_loader(prepared, recipe)  # refuses data shorter than one sequence
+    loader = make_loader(prepared, recipe)  # refuses data shorter than one sequence
+    if loader.lost_tokens:
+        share = loader.lost_tokens / len(prepared.corpus.train.tokens)
+        reporter.note(
+            f"data.long cut: {loader.lost_tokens:,} tokens ({share:.1%}) lie beyond seq {recipe.seq} and are "
+            "left out; --data.long split keeps them"
+        )
     if recipe.precision == "bf16":
         reporter.note(
             "precision bf16: weights stagnate, since an update smaller than about 1/256 of a weight rounds "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scrimp import models
 from scrimp.base.errors import ScrimpError
+from scrimp.data import separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def sample(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompt: str,
+    prompt: Sequence[int],
     *,
     tokens: int,
     temperature: float = 0.8,
@@ -28,21 +30,19 @@ def sample(
     Args:
         model: The model; it is left as it was.
         tokenizer: Its tokenizer.
-        prompt: The text to go on from; empty starts a new document.
+        prompt: The tokens to go on from, by `text_prompt` or `chat_prompt`.
         tokens: The largest number of new tokens; fewer where the model's context ends first.
         temperature: 0 takes the likeliest token each time.
         top_p: Sample among the likeliest tokens that hold this much probability.
         seed: Of the draws.
 
     Returns:
-        The prompt and its continuation.
+        The prompt and its continuation, without special tokens.
 
     Raises:
         ScrimpError: The prompt leaves no room in the model's context.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    given = torch.tensor([[start, *ids] if start is not None else ids], device=model.device)
+    given = torch.tensor([list(prompt)], device=model.device)
     limit = models.context_length(model.config)
     if limit is not None and given.shape[1] >= limit:
         raise ScrimpError(
@@ -69,7 +69,12 @@ def sample(
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
-def chat_prompt(tokenizer: Any, message: str) -> str:
+def text_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of the start of a document, beginning as documents do in training."""
+    return [separator(tokenizer).start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def chat_prompt(tokenizer: Any, message: str) -> list[int]:
     """Render a user's message by the tokenizer's chat template, up to where the assistant begins.
 
     Raises:
@@ -78,4 +83,5 @@ def chat_prompt(tokenizer: Any, message: str) -> str:
     if tokenizer.chat_template is None:
         raise ScrimpError("--chat: this model's tokenizer has no chat template; leave --chat out")
     conversation = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    return [int(token) for token in ids]

@@ -45,7 +45,14 @@ class Verdict:
         return not self.differing and self.weights_equal is not False
 
 
-def verify(out: Path, *, steps: int | None, reporter: Reporter, cache: Path | None = None) -> Verdict:
+def verify(
+    out: Path,
+    *,
+    steps: int | None,
+    reporter: Reporter,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Verdict:
     """Train again from the oldest checkpoint that a run still holds.
 
     Args:
@@ -53,6 +60,7 @@ def verify(out: Path, *, steps: int | None, reporter: Reporter, cache: Path | No
         steps: How many steps; None goes to the next checkpoint, or as far as the metrics go.
         reporter: Told how it goes.
         cache: Folder of the token files.
+        trust_remote_code: Let the model's own Python code run.
 
     Raises:
         ScrimpError: The run holds nothing to verify.
@@ -70,7 +78,9 @@ def verify(out: Path, *, steps: int | None, reporter: Reporter, cache: Path | No
     following = [step for step in saved if step > first]
     last = min(max(rows), first + steps if steps else min(following, default=max(rows)))
     start = choose_start(Recipe(), out=out, resume=True)
-    prepared, device, recipe, ledger = plan(inspect(start.recipe, cache=cache), reporter)
+    prepared, device, recipe, ledger = plan(
+        inspect(start.recipe, cache=cache, trust_remote_code=trust_remote_code), reporter
+    )
     with process_state(recipe, device):
         job = build(prepared, recipe, ledger, empty=True, say=reporter.phase)
         point = restore(job, checkpoint.Found(saved[first], []), reporter)
