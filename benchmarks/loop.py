@@ -8,7 +8,7 @@ model on the same rows, and their losses must agree. Then the seconds from the s
 the end of its first step: the whole `scrimp train` command against a short script around Trainer,
 neither of which tokenises. Sides run in turn, and ratios are taken within a turn.
 
-All sides get the same threads and, unless `--openmp` says otherwise, the same passive OpenMP wait that
+All sides get the same threads and, unless `--openmp` says otherwise, the same short OpenMP wait that
 scrimp asks for: a spinning wait makes a loop look five times slower as soon as anything else runs.
 """
 
@@ -34,14 +34,15 @@ from _common import (
 )
 from _sides import LOG_EVERY, Spec
 
+from scrimp.base.platform import SHORT_WAIT
+
 SIDES = Path(__file__).with_name("_sides.py")
 LOSS_TOLERANCE = 1e-3  # the sides compute the same sums, in another order at most
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 SPINNING = {"GOMP_SPINCOUNT": "300000"}  # what GNU's OpenMP does where nothing is set
 OPENMP: dict[str, dict[str, dict[str, str]]] = {
-    "passive": {"ours": PASSIVE, "others": PASSIVE},
+    "short": {"ours": SHORT_WAIT, "others": SHORT_WAIT},  # what scrimp asks for
     "spinning": {"ours": SPINNING, "others": SPINNING},
-    "shipped": {"ours": {}, "others": {}},  # ours asks for the passive wait, torch for none
+    "shipped": {"ours": {}, "others": {}},  # ours asks for the short wait, torch for none
 }
 
 
@@ -89,7 +90,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=[case.model for case in CASES], help="default: each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--openmp", choices=OPENMP, default="passive", help="how OpenMP's threads wait")
+    parser.add_argument("--openmp", choices=OPENMP, default="short", help="how OpenMP's threads wait")
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

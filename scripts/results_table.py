@@ -25,6 +25,7 @@ Row = tuple[str, str, str, str]  # what, measured, promised, met
 TITLES = {
     "default_run": "The default run",
     "loop": "The loop, against a bare PyTorch loop and transformers' Trainer",
+    "loop_shipped": "The loop, each side with the OpenMP wait it comes with",
     "openmp_wait": "How OpenMP's threads wait",
     "startup": "Starting up",
     "tokenising": "Tokenising, against datasets.map",
@@ -98,8 +99,8 @@ def _openmp_wait(document: Document) -> list[Row]:
         for place, by_wait in results["tokens_per_s"].items()
         for wait, spread in by_wait.items()
     ] + [
-        (f"{place}: passive / {wait}", _spread(spread), "", "")
-        for place, by_wait in results["passive_over"].items()
+        (f"{place}: short / {wait}", _spread(spread), "", "")
+        for place, by_wait in results["short_over"].items()
         for wait, spread in by_wait.items()
     ]
 

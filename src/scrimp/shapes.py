@@ -59,7 +59,7 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     "llama-1m": Shape(
         hidden=128, ffn=352, heads=4, layers=4, vocab=None, tied=True, init_std=0.08,
-        lr=4e-3, seq=128, batch=8, steps=700, memory="1GiB",
+        lr=4e-3, seq=128, batch=8, steps=1100, memory="1GiB",
     ),
     "llama-9m": Shape(hidden=128, ffn=352, heads=4, layers=4),
     "llama-20m": Shape(hidden=256, ffn=688, heads=4, layers=4),

@@ -24,6 +24,7 @@ import psutil
 
 _ROOT = Path("/")
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SHORT_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
 def fsync_file(file: int | Path, *, system: str = sys.platform) -> None:
@@ -110,19 +111,23 @@ def available_memory_bytes(*, root: Path = _ROOT) -> int:
 
 @contextmanager
 def passive_openmp() -> Iterator[None]:
-    """Import torch inside this context to let idle OpenMP threads sleep instead of spin.
+    """Import torch inside this context to let idle OpenMP threads sleep soon instead of spin.
 
-    The OpenMP runtime reads the environment once, when torch loads it. A user's own setting wins,
-    and the environment is left as it was found.
+    GNU's runtime spins for milliseconds by default, which beside one busy program slows a step of two
+    threads many times over; with no spin at all, each of a small model's thousands of parallel loops pays
+    for a sleep and a wake-up. A spin of some 50 microseconds costs little in either case
+    (`benchmarks/openmp_wait.py`). The runtime reads the environment once, when torch loads it. A user's own
+    setting wins, and the environment is left as it was found.
     """
     if any(name in os.environ for name in _WAIT_SETTINGS):
         yield
         return
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.update(SHORT_WAIT)
     try:
         yield
     finally:
-        os.environ.pop("OMP_WAIT_POLICY", None)
+        for name in SHORT_WAIT:
+            os.environ.pop(name, None)
 
 
 def _empty_drive_cache(descriptor: int) -> bool:

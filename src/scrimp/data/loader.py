@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
+from scrimp.base.protocols import IGNORED
 from scrimp.base.seeds import derive
 from scrimp.data.corpus import Piece, Split
 from scrimp.data.evaluation import Selection
@@ -31,7 +32,7 @@ from scrimp.data.rows import Boundaries, Long, Packing, make_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-IGNORED = -100
+STEPS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +105,25 @@ class Loader:
         self._split, self._seed, self._pad_id = split, seed, pad_id
         self._seq, self._batch, self._micro_batch = seq, batch, micro_batch
         self._isolate = packing == "packed" and boundaries == "isolate"
+        self._block, self._orders = -1, np.empty((0, batch), np.int64)
 
     def order(self, step: int) -> npt.NDArray[np.int64]:
         """Return which rows make up the batch of a step (from 0): shape (batch,)."""
-        epochs, places = np.divmod(np.arange(step * self._batch, (step + 1) * self._batch), self.sequences)
-        rows = np.empty(self._batch, np.int64)
+        # numpy's calls cost the same for one batch as for many, so they are made for many at a time.
+        block = step // STEPS_AT_A_TIME
+        if block != self._block:
+            self._block, self._orders = block, self._orders_of(block)
+        return self._orders[step % STEPS_AT_A_TIME]
+
+    def _orders_of(self, block: int) -> npt.NDArray[np.int64]:
+        """Return the rows of all batches of a block of steps: shape (steps, batch)."""
+        size = STEPS_AT_A_TIME * self._batch
+        epochs, places = np.divmod(np.arange(block * size, (block + 1) * size), self.sequences)
+        rows = np.empty(size, np.int64)
         for epoch in np.unique(epochs):
             now = epochs == epoch
             rows[now] = permute(places[now], self.sequences, derive(self._seed, "shuffle", int(epoch)))
-        return rows
+        return rows.reshape(STEPS_AT_A_TIME, self._batch)
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of a step (from 0).
