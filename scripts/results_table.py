@@ -25,7 +25,6 @@ Row = tuple[str, str, str, str]  # what, measured, promised, met
 TITLES = {
     "default_run": "The default run",
     "loop": "The loop, against a bare PyTorch loop and transformers' Trainer",
-    "loop_shipped": "The loop, each side with the OpenMP wait it comes with",
     "openmp_wait": "How OpenMP's threads wait",
     "startup": "Starting up",
     "tokenising": "Tokenising, against datasets.map",
