@@ -245,7 +245,8 @@ class Recipe(Section):
         default=None, description="CPU threads; none: the cores this process may use"
     )
     memory: Annotated[str | None, Auto] = Field(
-        default=None, description="memory budget such as 6GiB; none: what the machine has free"
+        default=None,
+        description="memory budget such as 6GiB; none: 1GiB for llama-1m, else what the machine has free",
     )
     compile: bool | None = Field(default=None, description="torch.compile the model; none: no")
     nonfinite: Literal["stop", "skip"] = Field(

@@ -55,7 +55,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.name = str(tokenizer.name_or_path or "the tokenizer")
+        self.name = str(tokenizer.name_or_path or "that was chosen")
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise ScrimpError(

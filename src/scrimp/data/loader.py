@@ -113,7 +113,8 @@ class Loader:
         block = step // STEPS_AT_A_TIME
         if block != self._block:
             self._block, self._orders = block, self._orders_of(block)
-        return self._orders[step % STEPS_AT_A_TIME]
+        order: npt.NDArray[np.int64] = self._orders[step % STEPS_AT_A_TIME]
+        return order
 
     def _orders_of(self, block: int) -> npt.NDArray[np.int64]:
         """Return the rows of all batches of a block of steps: shape (steps, batch)."""

@@ -85,7 +85,7 @@ def done_lines(job: Job, run: Run) -> Lines:
     lines = [
         (
             "training loss",
-            f"{last.loss:.3f} nats a token after {last.step:,} steps, {format_count(last.tokens)} tokens",
+            f"{last.loss:.3f} nats a token after {last.step:,} steps, {format_count(last.tokens)} targets",
         )
     ]
     if found is not None:
@@ -121,8 +121,10 @@ def sample_text(job: Job) -> str:
 
 def next_commands(run: Run) -> list[str]:
     """Return commands worth trying next."""
+    own_text = bool(run.recipe.data.path)
+    prompt = "The " if own_text else "import "
     return [
-        f"scrimp generate {run.out} --prompt 'import '",
+        f"scrimp generate {run.out} --prompt '{prompt}'",
         f"scrimp verify {run.out}",
-        "scrimp train --data YOUR_TEXT",
+        f"scrimp train --model {run.out} --data MORE_TEXT" if own_text else "scrimp train --data YOUR_TEXT",
     ]
