@@ -3,9 +3,10 @@
     python benchmarks/openmp_wait.py
 
 Between two parallel regions an OpenMP thread either sleeps (passive) or spins (active). GNU's OpenMP,
-which torch brings on Linux, spins 300,000 times where nothing is set, some milliseconds, and then
-sleeps (default); `short`, which scrimp asks for, is a hundredth of that. This measures what it costs
-on a machine that is otherwise idle, and what it saves beside one busy single-threaded program. One thread, which waits for nobody, is the yardstick. All cases run in turn.
+which torch brings on Linux, spins 300,000 times where nothing is set, some milliseconds, and then sleeps
+(default); `short`, which scrimp asks for, is a hundredth of that. This measures what it costs on a
+machine that is otherwise idle, and what it saves beside one busy single-threaded program. One thread,
+which waits for nobody, is the yardstick. All cases run in turn.
 """
 
 from __future__ import annotations
