@@ -120,7 +120,8 @@ def resume(out: Path, kill: Kill) -> None:
         command = train_command(out, ["--resume"])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         kill.resume_exit_codes.append(done.returncode)
-        lines = [line.strip() for line in done.stderr.splitlines() if SAYS_WHERE.search(line)]
+        said = done.stderr.replace(f"{out.parent}/", "").splitlines()
+        lines = [line.strip() for line in said if SAYS_WHERE.search(line)]
         kill.resumed_from += lines
         if done.returncode == 0:
             return

@@ -247,7 +247,8 @@ def test_the_same_option_in_other_words_is_accepted(lab: Lab, monkeypatch: pytes
     monkeypatch.chdir(lab.path)
     tokens = {"steps": None, "tokens": 6 * 4 * 16 - 1}
     same = {"data.path": ["text"], "model": "tiny", "schedule.warmup": 0.34, "schedule.decay": 0.01}
-    lab.train(lab.recipe(**tokens, **same, device="auto"), resume=True)
+    run = lab.train(lab.recipe(**tokens, **same, device="auto"), resume=True)
+    assert run.metrics.step == run.recipe.steps
 
 
 def test_logging_and_checkpointing_may_change(lab: Lab) -> None:
