@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from scrimp.cli import app, options
-from scrimp.recipe import Recipe, fields, flat
+from scrimp.recipe import Recipe, fields, flat, replace
 
 # The short names that exist, as the project's users may rely on them.
 SHORT = {
@@ -107,7 +107,7 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         with command.commands["train"].make_context("train", arguments) as context:
             given = {key: v for key, v in context.params.items() if v not in (None, False, [], ())}
         assert list(given) == [options._PREFIX + field.replace(".", "__")]
-        recipe = options.stated_recipe(Recipe(), {field: next(iter(given.values()))})
+        recipe = replace(Recipe(), {field: next(iter(given.values()))})
         stated = flat(recipe, stated_only=True)
         assert list(stated) == [field]
         assert stated[field] is not None
@@ -120,7 +120,7 @@ def test_data_may_be_named_several_times() -> None:
     arguments = ["--data", "a.txt", "--data", "b.txt"]
     with command.commands["train"].make_context("train", arguments) as context:
         given = context.params[options._PREFIX + "data__path"]
-    assert options.stated_recipe(Recipe(), {"data.path": given}).data.path == ("a.txt", "b.txt")
+    assert replace(Recipe(), {"data.path": given}).data.path == ("a.txt", "b.txt")
 
 
 def test_commands_keep_their_docstrings_and_hide_nothing_behind_kwargs() -> None:

@@ -7,12 +7,12 @@ until the recipe validates them, which gives one wording of each mistake for YAM
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from scrimp.recipe import Recipe, fields, replace
+from scrimp.recipe import fields
 
 SHORT = {
     "model.name": "--model",
@@ -81,12 +81,3 @@ def _is_usual(field: str) -> bool:
 
 def _plain(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def stated_recipe(base: Recipe, stated: Mapping[str, Any]) -> Recipe:
-    """Return `base` with the options that were given.
-
-    Raises:
-        ScrimpError: A value is not allowed.
-    """
-    return replace(base, stated)

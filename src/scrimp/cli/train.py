@@ -11,8 +11,9 @@ import typer
 
 from scrimp.base.errors import ScrimpError
 from scrimp.cli.guard import print_json
-from scrimp.cli.options import stated_recipe, with_recipe_options
+from scrimp.cli.options import with_recipe_options
 from scrimp.recipe import Recipe, flat
+from scrimp.recipe import replace as change
 
 if TYPE_CHECKING:
     from scrimp.build import Inputs
@@ -66,7 +67,7 @@ def train(
                 "quoted pattern such as --data 'books/*.txt'"
             )
         base = recipe_file.read(recipe_path)
-    start = choose_start(stated_recipe(base.recipe, stated), out=out, resume=resume, overwrite=overwrite)
+    start = choose_start(change(base.recipe, stated), out=out, resume=resume, overwrite=overwrite)
     if not start.resuming and base.recorded:
         start = replace(start, recorded=base.recorded)
     inputs = inspect(start.recipe, cache=cache, trust_remote_code=trust_remote_code)
