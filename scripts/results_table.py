@@ -31,6 +31,9 @@ TITLES = {
     "preparing_memory": "Memory while a corpus is prepared",
     "kills": "Kill and resume",
     "finetune": "Fine-tuning SmolLM2-135M",
+    "memory_accuracy": "Predicted memory, against the allocator's events",
+    "memory_resident": "Predicted memory, against the resident memory of whole runs",
+    "plan_time": "How long a plan takes",
 }
 LEAST_TOKENISING_RATIO = 1.3
 MOST_PREPARING_MB = 400

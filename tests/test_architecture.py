@@ -24,8 +24,9 @@ FILES = sorted((SOURCE / "scrimp").rglob("*.py"))
 
 CHOICES = frozenset({"weights", "tuning", "gradient", "optim", "activations", "placement"})
 RECIPE = frozenset({"methods", "shapes", "schedules", "recipe", "recipe_file"})
+MODEL = frozenset({"models", "defaults"})
 BASE = frozenset({"base"})
-PIECES = BASE | RECIPE | CHOICES | {"data", "models"}
+PIECES = BASE | RECIPE | CHOICES | MODEL | {"data"}
 
 # What each part may import, besides itself. The six choices and the data see only base, and so never
 # each other; `build` is the one place that sees them all.
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "recipe_file": BASE | RECIPE,
     **dict.fromkeys(CHOICES | {"data"}, BASE),
     "models": BASE | RECIPE,
+    "defaults": BASE | RECIPE | {"models"},
     "build": PIECES,
     "memory": PIECES | {"build"},
     "resolve": PIECES | {"build", "memory"},

@@ -153,11 +153,13 @@ def test_architecture_names_every_module() -> None:
 
 def test_reference_describes_every_public_name() -> None:
     import scrimp
+    import scrimp.memory
     import scrimp.optim
 
     page = (DOCS / "reference.md").read_text(encoding="utf-8")
     public = [f"scrimp.{name}" for name in scrimp.__all__ if not name.startswith("__")]
     public += [f"scrimp.optim.{name}" for name in scrimp.optim.__all__]
+    public += [f"scrimp.memory.{name}" for name in scrimp.memory.__all__]
     assert [name for name in public if f"\n::: {name}\n" not in page] == []
 
 

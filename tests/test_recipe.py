@@ -21,7 +21,8 @@ def test_the_default_recipe_states_nothing() -> None:
 
 def test_the_six_choices_are_there_with_model_data_and_schedule() -> None:
     assert {*CHOICES, "model", "data", "schedule", "memory"} <= Recipe.model_fields.keys()
-    assert {piece.choice for piece in PIECES} == set(CHOICES)
+    assert {piece.choice for piece in PIECES} == {*CHOICES, "loss"}  # which is a field of the activations
+    assert "activations.loss" in fields()
 
 
 def test_a_recipe_is_frozen_through_and_through() -> None:

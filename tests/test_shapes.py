@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scrimp import models
-from scrimp.resolve import _count_parameters
+from scrimp.memory.formula import count_parameters
 from scrimp.shapes import CONTEXT, SHAPES
 
 # Of the GaLore line's configuration files: hidden, ffn, heads, layers; millions of parameters, head untied.
@@ -33,7 +33,7 @@ def test_a_shape_counts_the_parameters_of_its_model(name: str) -> None:
     config = models.load_config(models.locate(name), vocab=259)
     assert config.vocab_size == (shape.vocab or 259)
     assert models.context_length(config) == CONTEXT
-    assert _count_parameters(config) == shape.parameters(config.vocab_size)
+    assert count_parameters(config) == shape.parameters(config.vocab_size)
 
 
 def test_shapes_are_llamas_as_the_papers_train_them() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from scrimp.activations.loss import TokenLoss
     from scrimp.base.ledger import Ledger
-    from scrimp.base.protocols import Activations, Estimator, Parametrisation, Placement
+    from scrimp.base.protocols import Activations, Estimator, Loss, Parametrisation, Placement
     from scrimp.data import Corpus, Loader, Sources
 
 Say = Callable[[str, float | None], None]
@@ -101,7 +100,7 @@ class Job:
     model: PreTrainedModel
     weights: Parametrisation
     trained: dict[str, nn.Parameter]
-    loss: TokenLoss
+    loss: Loss
     estimator: Estimator
     optimizer: torch.optim.Optimizer
     activations: Activations
@@ -222,48 +221,104 @@ def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, sa
     """
     import torch
 
-    from scrimp.activations.loss import TokenLoss
-
     device = torch.device(recipe.device)
-    placement = _piece("placement", recipe)()
-    weights, tune = _piece("weights", recipe)(), _piece("tune", recipe)()
+    placement = _builder("placement", recipe)()
     say("building the model", None)
-    model = _make_model(prepared, recipe, empty=empty)
-    weights.apply(model)
-    trained = tune.select(model)
-    model = placement.place(model, device)
-    if recipe.data.boundaries == "isolate" and not empty:  # a checkpoint's model was tried when it was new
-        _check_isolation(model, recipe, device)
-    settings = recipe.optimizer
-    optimizer = _piece("optimizer", recipe)(
-        trained.values(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-    forward = cast("nn.Module", torch.compile(model)) if recipe.compile else model
+    made = assemble(_make_model(prepared, recipe, empty=empty), recipe, place=placement.place)
+    if not empty:  # a checkpoint's model was tried when it was new
+        _check_model(made.model, recipe, device)
     return Job(
         recipe=recipe,
         prepared=prepared,
         device=device,
-        model=model,
-        weights=weights,
-        trained=trained,
-        loss=TokenLoss(forward, autocast=torch.bfloat16 if recipe.precision == "bf16-mixed" else None),
-        estimator=_piece("gradient", recipe)(),
-        optimizer=optimizer,
-        activations=_piece("activations", recipe)(),
+        model=made.model,
+        weights=made.weights,
+        trained=made.trained,
+        loss=made.loss,
+        estimator=made.estimator,
+        optimizer=make_optimizer(recipe, made.trained.values()),
+        activations=made.activations,
         placement=placement,
         loader=make_loader(prepared, recipe),
         ledger=ledger,
-        identity=_identity(model),
+        identity=_identity(made.model),
     )
 
 
-def _piece(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
-    module, _, function = piece(choice, getattr(recipe, choice).name).builder.partition(":")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """A model with the pieces of a recipe around it, optimizer and data left out.
+
+    The training loop runs it on real tensors, and the planner on fake ones.
+    """
+
+    model: PreTrainedModel
+    weights: Parametrisation
+    trained: dict[str, nn.Parameter]
+    loss: Loss
+    estimator: Estimator
+    activations: Activations
+
+
+def assemble(
+    model: PreTrainedModel, recipe: Recipe, *, place: Callable[[Any, torch.device], Any] | None = None
+) -> Assembly:
+    """Put the pieces of a resolved recipe around a model.
+
+    Args:
+        model: The model as transformers makes it.
+        recipe: The resolved recipe.
+        place: Moves the model to where it trains; None leaves it.
+    """
+    import torch
+
+    weights, tune, activations = (_builder(c, recipe)() for c in ("weights", "tune", "activations"))
+    weights.apply(model)
+    trained = tune.select(model)
+    if place is not None:
+        model = place(model, torch.device(recipe.device))
+    activations.apply(model)
+    forward = cast("nn.Module", torch.compile(model)) if recipe.compile and place is not None else model
+    autocast = torch.bfloat16 if recipe.precision == "bf16-mixed" else None
+    return Assembly(
+        model=model,
+        weights=weights,
+        trained=trained,
+        loss=_builder("loss", recipe)(forward, autocast),
+        estimator=_builder("gradient", recipe)(),
+        activations=activations,
+    )
+
+
+def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the optimizer of a resolved recipe."""
+    settings = recipe.optimizer
+    return cast(
+        "torch.optim.Optimizer",
+        _builder("optimizer", recipe)(
+            parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        ),
+    )
+
+
+def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
+    name = recipe.activations.loss if choice == "loss" else getattr(recipe, choice).name
+    module, _, function = piece(choice, name).builder.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _check_model(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
+    """Refuse what the model cannot do, by trying it."""
+    if recipe.data.boundaries == "isolate":
+        _check_isolation(model, recipe, device)
+    if recipe.activations.loss == "chunked":
+        from scrimp.activations.loss import check_head
+
+        check_head(model)
 
 
 def _make_model(prepared: Prepared, recipe: Recipe, *, empty: bool) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import Literal
 from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
 
-Choice = Literal["weights", "tune", "gradient", "optimizer", "activations", "placement"]
+Choice = Literal["weights", "tune", "gradient", "optimizer", "activations", "loss", "placement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +26,16 @@ class Piece:
         name: Its name in a recipe.
         builder: Where it is built, as `module:function`.
         summary: One line for people.
+        gives_up: What a run loses by it, with the evidence; empty where it computes the same.
+        rank: How much is lost, from 0 for nothing; the planner takes the lowest that fits.
     """
 
     choice: Choice
     name: str
     builder: str
     summary: str
+    gives_up: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,42 @@ PIECES: tuple[Piece, ...] = (
         summary="the backward pass keeps all it needs",
     ),
     Piece(
+        choice="activations",
+        name="recompute",
+        builder="scrimp.activations.recompute:recompute",
+        summary="whole decoder layers run again in the backward pass: only their inputs are kept",
+    ),
+    Piece(
+        choice="activations",
+        name="recompute-keep-attention",
+        builder="scrimp.activations.recompute:recompute_keep_attention",
+        summary="whole layers run again, but the attention kernel's output is kept",
+    ),
+    Piece(
+        choice="activations",
+        name="recompute-keep-matmuls",
+        builder="scrimp.activations.recompute:recompute_keep_matmuls",
+        summary="products and attention are kept; what is element by element runs again",
+    ),
+    Piece(
+        choice="activations",
+        name="recompute-mlp",
+        builder="scrimp.activations.recompute:recompute_mlp",
+        summary="MLPs and norms run again; attention is kept",
+    ),
+    Piece(
+        choice="loss",
+        name="logits",
+        builder="scrimp.activations.loss:logits",
+        summary="cross-entropy over all logits of a micro-batch at once, as transformers does",
+    ),
+    Piece(
+        choice="loss",
+        name="chunked",
+        builder="scrimp.activations.loss:chunked",
+        summary="the same cross-entropy and gradients from a few hundred tokens' logits at a time",
+    ),
+    Piece(
         choice="placement",
         name="device",
         builder="scrimp.placement.device:device",
@@ -119,6 +159,5 @@ def piece(choice: Choice, name: str) -> Piece:
         if candidate.choice == choice and candidate.name == name:
             return candidate
     known = names(choice)
-    raise ScrimpError(
-        f"{choice}.name: there is no {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-    )
+    field = "activations.loss" if choice == "loss" else f"{choice}.name"
+    raise ScrimpError(f"{field}: there is no {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")

@@ -160,6 +160,14 @@ class Activations(Section):
     """What the backward pass keeps."""
 
     name: str = Field(default="everything", description="what the backward pass keeps")
+    loss: str = Field(
+        default="logits", description="logits: cross-entropy over all logits; chunked: without holding them"
+    )
+
+    @field_validator("loss", mode="after")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        return piece("loss", value).name
 
 
 class Placement(Section):
@@ -246,7 +254,11 @@ class Recipe(Section):
     )
     memory: Annotated[str | None, Auto] = Field(
         default=None,
-        description="memory budget such as 6GiB; none: 1GiB for llama-1m, else what the machine has free",
+        description="memory budget such as 6GiB, which what is left open is planned for; "
+        "none: 1GiB for llama-1m, else what the machine has free",
+    )
+    strict: bool = Field(
+        default=False, description="stop, with a checkpoint, when the run takes more than the memory budget"
     )
     compile: bool | None = Field(default=None, description="torch.compile the model; none: no")
     nonfinite: Literal["stop", "skip"] = Field(

@@ -1,36 +1,36 @@
 """Fill in what a recipe leaves open, by rules that depend on the model, the data and the machine.
 
-Resolving a resolved recipe changes nothing, so a stored one repeats its run.
+Resolving a resolved recipe changes nothing, so a stored one repeats its run. Where the user gave a memory
+budget, the planner chooses what was left open so that the run fits; else the micro-batch alone is fitted
+to what the machine has free.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import replace as replaced
 
 import torch
 
-from scrimp import models
-from scrimp.base import platform
 from scrimp.base.errors import ScrimpError
+from scrimp.base.ledger import Ledger
 from scrimp.base.units import format_bytes, parse_bytes
 from scrimp.build import Prepared, make_loader
-from scrimp.memory.measure import free_bytes
-from scrimp.memory.predict import Widths, predict
-from scrimp.recipe import Recipe, replace
+from scrimp.defaults import settle
+from scrimp.memory.machine import Machine, known
+from scrimp.memory.observer import fixed_bytes, free_bytes
+from scrimp.memory.planner import FIELDS, Candidate, Planner
+from scrimp.memory.predictor import Predictor, divisors
+from scrimp.memory.profiles import Profiles, Say
+from scrimp.memory.untraceable import Untraceable
+from scrimp.models import context_length
+from scrimp.recipe import Recipe, flat, replace
 from scrimp.schedules import in_steps
 from scrimp.shapes import SHAPES
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from scrimp.base.ledger import Ledger
-
 TENTHS = 10  # of a run: the default distance between evaluations and between checkpoints
-FINE_TUNING_LR = 2e-5
-SCRATCH_LR = 1e-3
-DEFAULT_SEQ = 512
-DEFAULT_BATCH = 8
 
 
 def choose_device(recipe: Recipe) -> torch.device:
@@ -47,56 +47,117 @@ def choose_device(recipe: Recipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def resolve(prepared: Prepared, device: torch.device, *, fixed: int) -> tuple[Recipe, Ledger]:
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A recipe with nothing left open.
+
+    Attributes:
+        recipe: It.
+        ledger: The memory it was predicted to need.
+        planner: What predicted it.
+        why: Why the planner chose what it chose; None where it was not asked.
+    """
+
+    recipe: Recipe
+    ledger: Ledger
+    planner: Planner
+    why: str | None = None
+
+    def next_smaller(self, budget: int) -> Candidate | None:
+        """Return what the planner would choose in a smaller budget; None where nothing fits."""
+        planner = replaced(self.planner, budget=budget)
+        return planner.choose(planner.candidates())
+
+
+def resolve(prepared: Prepared, device: torch.device, *, fixed: int | None, say: Say) -> Resolved:
     """Fill every field that a recipe leaves open, and predict the memory it will need.
 
     Args:
         prepared: The recipe's inputs.
         device: Where it trains.
-        fixed: Bytes the process holds before the model exists.
+        fixed: Bytes the process holds before the model exists; None measures them.
+        say: Told what is going on.
 
     Raises:
         ScrimpError: A sequence is longer than the model or the data allows, or the memory cannot do.
     """
-    recipe, source = prepared.inputs.recipe, prepared.inputs.model
+    asked, source = prepared.inputs.recipe, prepared.inputs.model
     shape = SHAPES.get(source.name)
-    init = recipe.model.init
-    if init == "auto":
-        init = "weights" if source.has_weights else "scratch"
-    limit = models.context_length(prepared.config)
-    seq = recipe.seq or (shape.seq if shape else min(DEFAULT_SEQ, limit or DEFAULT_SEQ))
-    if limit is not None and seq > limit:
-        raise ScrimpError(
-            f"seq {seq}: model {recipe.model.name} has positions for {limit} tokens; lower --seq"
-        )
-    micro_batch = recipe.micro_batch or 1
-    usual_batch = shape.batch if shape else DEFAULT_BATCH
-    batch = recipe.batch or math.ceil(usual_batch / micro_batch) * micro_batch
-    budget = recipe.memory or (shape.memory if shape else None) or f"{free_bytes(device) // 2**20}MiB"
-    default_lr = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
-    recipe = replace(
-        recipe,
-        {
-            "model.init": init,
-            "optimizer.lr": recipe.optimizer.lr or default_lr,
-            "seq": seq,
-            "batch": batch,
-            "micro_batch": micro_batch,
-            "precision": _precision(recipe, device),
-            "device": device.type,
-            "threads": recipe.threads or platform.usable_cores(),
-            "memory": budget,
-            "compile": bool(recipe.compile),
-        },
+    settled = settle(
+        asked,
+        source,
+        device=device.type,
+        has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        context=context_length(prepared.config),
     )
-    recipe = _resolve_length(prepared, recipe, None if shape is None else shape.steps)
-    return _resolve_micro_batch(prepared, recipe, fixed=fixed)
+    budget = asked.memory or (shape.memory if shape else None) or f"{free_bytes(device) // 2**20}MiB"
+    settled = replace(settled, {"memory": budget})
+    settled = _resolve_length(prepared, settled, None if shape is None else shape.steps)
+    profiles = Profiles(
+        source,
+        vocab=len(prepared.tokenizer),
+        trust_remote_code=prepared.inputs.trust_remote_code,
+        config=prepared.config,
+    )
+    if fixed is None:
+        # What a first trace loads counts, so that it comes before the measurement.
+        with suppress(Untraceable):
+            profiles.optimizer(settled)
+        fixed = fixed_bytes(settled)
+    planner = Planner(
+        predictor=Predictor(profiles=profiles, fixed=fixed),
+        machine=_machine(device),
+        asked=asked,
+        settled=settled,
+        budget=parse_bytes(budget),
+        say=say,
+    )
+    resolved = _planned(planner) if asked.memory and _is_open(asked) else _fitted(planner)
+    profiles.save()
+    return resolved
 
 
-def _precision(recipe: Recipe, device: torch.device) -> str:
-    if recipe.precision != "auto":
-        return recipe.precision
-    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+def _machine(device: torch.device) -> Machine:
+    """Return what is known of this machine, without measuring anything now."""
+    return known() or Machine(device=device.type, memory={device.type: free_bytes(device)})
+
+
+def _is_open(asked: Recipe) -> bool:
+    """Tell whether a recipe leaves the planner anything to choose."""
+    stated = flat(asked, stated_only=True)
+    return not all(name in stated for name in (*FIELDS.values(), "precision", "micro_batch"))
+
+
+def _planned(planner: Planner) -> Resolved:
+    """Take what the planner chooses.
+
+    Raises:
+        ScrimpError: Nothing fits.
+    """
+    plan = planner.plan()
+    if plan.chosen is None:
+        raise ScrimpError(f"memory {planner.settled.memory}: {plan.why}; {plan.notes[-1]}")
+    return Resolved(plan.chosen.recipe, plan.chosen.ledger, planner, plan.why)
+
+
+def _fitted(planner: Planner) -> Resolved:
+    """Choose the largest micro-batch that fits the budget, where none is given.
+
+    Raises:
+        ScrimpError: Not even what the run holds at all times fits.
+    """
+    recipe, budget = planner.settled, planner.budget
+    assert recipe.batch is not None
+    sizes = [recipe.micro_batch] if recipe.micro_batch else divisors(recipe.batch)
+    fitted, found = planner.predictor.fit(recipe, sizes, budget)
+    held = found.peak.terms
+    floor = held["fixed"] + held["weights"] + held["optimizer state"]
+    if floor > budget:
+        raise ScrimpError(
+            f"memory {recipe.memory}: the program, weights and optimizer state of {recipe.model.name} alone "
+            f"need {format_bytes(floor)}; raise --memory or choose a smaller model"
+        )
+    return Resolved(fitted, found, planner)
 
 
 def _resolve_length(prepared: Prepared, recipe: Recipe, default_steps: int | None) -> Recipe:
@@ -107,7 +168,8 @@ def _resolve_length(prepared: Prepared, recipe: Recipe, default_steps: int | Non
     elif recipe.tokens is not None:
         steps = math.ceil(recipe.tokens / (recipe.batch * recipe.seq))
     else:
-        steps = default_steps or math.ceil(make_loader(prepared, recipe).sequences / recipe.batch)
+        counted = replace(recipe, {"micro_batch": 1})  # which no number of sequences depends on
+        steps = default_steps or math.ceil(make_loader(prepared, counted).sequences / recipe.batch)
     tenth = math.ceil(steps / TENTHS)
     return replace(
         recipe,
@@ -120,43 +182,3 @@ def _resolve_length(prepared: Prepared, recipe: Recipe, default_steps: int | Non
             "checkpoint.every": recipe.checkpoint.every or tenth,
         },
     )
-
-
-def _resolve_micro_batch(prepared: Prepared, recipe: Recipe, *, fixed: int) -> tuple[Recipe, Ledger]:
-    """Choose the largest micro-batch that fits the budget, where none is given."""
-    assert recipe.batch is not None and recipe.seq is not None and recipe.memory is not None
-    widths, parameters = Widths.of(prepared.config), _count_parameters(prepared.config)
-
-    def predicted(micro_batch: int) -> Ledger:
-        assert recipe.batch is not None and recipe.seq is not None
-        return predict(
-            widths,
-            parameters=parameters,
-            trained=parameters,
-            precision=recipe.precision,
-            tokens=micro_batch * recipe.seq,
-            micro_batches=recipe.batch // micro_batch,
-            fixed=fixed,
-        )
-
-    budget = parse_bytes(recipe.memory)
-    given = prepared.inputs.recipe.micro_batch
-    sizes = [given] if given else [n for n in range(recipe.batch, 0, -1) if recipe.batch % n == 0]
-    smallest = predicted(sizes[-1])
-    held = smallest.peak.terms
-    floor = held["fixed"] + held["weights"] + held["optimizer state"]
-    if floor > budget:
-        raise ScrimpError(
-            f"memory {recipe.memory}: the program, weights and optimizer state of {recipe.model.name} alone "
-            f"need {format_bytes(floor)}; raise --memory or choose a smaller model"
-        )
-    tried = ((size, predicted(size)) for size in sizes)
-    size, ledger = next((fit for fit in tried if fit[1].peak.total <= budget), (sizes[-1], smallest))
-    return replace(recipe, {"micro_batch": size}), ledger
-
-
-def _count_parameters(config: PreTrainedConfig) -> int:
-    """Count a model's parameters without allocating them; tied ones count once."""
-    with torch.device("meta"):
-        model = models.create_empty(config, dtype=torch.float32)
-    return sum(parameter.numel() for parameter in model.parameters())

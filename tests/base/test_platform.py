@@ -208,6 +208,57 @@ def test_available_memory_without_a_limit_is_the_machines(tmp_path):
     assert available > 16 * MIB
 
 
+@pytest.mark.parametrize("case", MEMORY_FILES)
+def test_total_memory_is_the_containers_limit(tmp_path, case):
+    assert platform.total_memory_bytes(root=fake_root(tmp_path, MEMORY_FILES[case])) == 1000
+
+
+def test_total_memory_without_a_limit_is_the_machines(tmp_path):
+    assert platform.total_memory_bytes(root=tmp_path) > platform.available_memory_bytes(root=tmp_path)
+
+
+def test_the_processor_is_named_by_the_system_or_else_by_its_architecture(tmp_path):
+    assert platform.processor_name(root=tmp_path)
+    text = "processor : 0\nmodel name\t: A Fast One\n\nprocessor : 1\nmodel name\t: A Fast One\n"
+    assert platform.processor_name(root=fake_root(tmp_path, {"proc/cpuinfo": text})) == "A Fast One"
+
+
+def test_gpus_are_those_that_the_driver_shows(tmp_path):
+    assert platform.nvidia_gpus(root=tmp_path) == []
+    files = {
+        f"proc/driver/nvidia/gpus/0000:{place}:00.0/information": f"Model: \t\t {name}\nIRQ:   \t\t 5\n"
+        for place, name in (("41", "NVIDIA B"), ("01", "NVIDIA A"))
+    }
+    assert platform.nvidia_gpus(root=fake_root(tmp_path, files)) == ["NVIDIA A", "NVIDIA B"]
+
+
+# A program of its own: what its heap has room for already is the question.
+@pytest.mark.parametrize(("setting", "kept"), [("2**25", True), ("2**16", False)])
+def test_freed_blocks_above_the_threshold_go_back_to_the_system(setting, kept):
+    if not platform.set_mmap_threshold(2**25):
+        pytest.skip("this malloc is not glibc's")
+    program = f"""
+from scrimp.base import platform as p
+assert p.set_mmap_threshold({setting})
+blocks = [bytes([1]) * {MIB} for _ in range(96)]
+held = p.resident_bytes()
+del blocks[::2]  # every other one, so that the heap cannot shrink
+print(held - p.resident_bytes())
+p.trim_heap()
+print(held - p.resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    freed, trimmed = map(int, done.stdout.split())
+    assert freed < 8 * MIB if kept else freed > 40 * MIB
+    assert trimmed > 40 * MIB
+
+
+def test_a_malloc_that_is_not_glibcs_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "_c_function", lambda name: None)
+    assert platform.set_mmap_threshold(2**16) is False
+    assert platform.trim_heap() is False
+
+
 @pytest.mark.parametrize("setting", [None, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
 def test_openmp_waits_passively_unless_the_user_chose_and_nothing_stays_behind(monkeypatch, setting):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):

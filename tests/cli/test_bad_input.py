@@ -433,7 +433,9 @@ def test_a_device_that_is_not_there_is_refused(refused: Refused, small: tuple[st
 
 
 def test_a_budget_that_cannot_hold_the_model_is_refused(refused: Refused, small: tuple[str, ...]) -> None:
-    assert "raise --memory" in refused("train", *small, "--memory", "1MiB", "--out", "out")
+    said = refused("train", *small, "--memory", "1MiB", "--out", "out")
+    assert "memory 1MiB: nothing fits" in said
+    assert "it would take --memory" in said
 
 
 @pytest.mark.parametrize("extra", ["wandb", "trackio", "tensorboard"])

@@ -125,6 +125,7 @@ def test_a_run_leaves_what_others_rely_on(run: Path) -> None:
     assert {path.name for path in run.iterdir()} - {".lock"} == {
         "recipe.yaml",
         "metrics.jsonl",
+        "memory.json",
         "checkpoints",
         "model",
     }
@@ -182,7 +183,7 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(
     if as_json:
         assert outcome.document["recipe"]["steps"] == 4
         assert outcome.document["predicted_bytes"] == max(
-            sum(terms.values()) for terms in outcome.document["moments"].values()
+            sum(moment["terms"].values()) for moment in outcome.document["memory"]["moments"]
         )
 
 

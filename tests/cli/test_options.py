@@ -20,7 +20,7 @@ SHORT = {
 }
 # What is no part of a recipe, and the fields at its top that are named in full.
 RUN = {"--out", "--resume", "--overwrite", "--dry-run", "--cache", "--trust-remote-code", "--json", "--help"}
-IN_FULL = {"--deterministic", "--compile", "--nonfinite"}
+IN_FULL = {"--deterministic", "--strict", "--compile", "--nonfinite"}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_data_may_be_named_several_times() -> None:
 def test_commands_keep_their_docstrings_and_hide_nothing_behind_kwargs() -> None:
     from scrimp.cli import COMMANDS
 
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
     for command in COMMANDS.values():
         kinds = {parameter.kind for parameter in inspect.signature(command).parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}

@@ -57,6 +57,7 @@ OTHER = {
     "model.init": "weights",
     "schedule.name": "linear",
     "precision": "bf16",
+    "activations.loss": "chunked",
     "memory": "7GiB",
     "nonfinite": "skip",
     "device": "cuda",

@@ -29,7 +29,14 @@ from scrimp.training.start import choose_start
 
 ESCAPE = "\x1b"
 TICK = Tick(
-    step=3, steps=10, loss=2.5, tokens_per_s=1234.5, peak_bytes=300 * 2**20, budget_bytes=2**30, left_s=65.0
+    step=3,
+    steps=10,
+    loss=2.5,
+    tokens_per_s=1234.5,
+    peak_bytes=300 * 2**20,
+    predicted_bytes=310 * 2**20,
+    budget_bytes=2**30,
+    left_s=65.0,
 )
 
 
@@ -131,7 +138,9 @@ def test_a_long_phase_says_how_far_it_is_and_a_short_one_only_its_name(
 
 
 def test_a_tick_carries_units_and_comparison() -> None:
-    assert str(TICK) == "step 3/10  loss 2.500  1,234 tokens/s  peak 300 MiB of 1 GiB  1 min 05 s left"
+    assert (
+        str(TICK) == "step 3/10  loss 2.500  1,234 tokens/s  peak 300 MiB of 310 MiB planned  1 min 05 s left"
+    )
 
 
 def test_the_memory_line_says_where_it_goes_and_whether_it_fits() -> None:
@@ -156,10 +165,11 @@ def test_a_note_and_a_path_are_shown_as_they_are() -> None:
 def test_a_budget_that_is_passed_is_told_once(
     story: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scrimp.memory.measure.PeakMeter.read", lambda _: 2**40)
+    monkeypatch.setattr("scrimp.memory.observer.PeakMeter.read", lambda _: 2**40)
     stream = io.StringIO()
     story(LineReporter(stream), memory="64GiB")
-    assert stream.getvalue().count("memory: 1 TiB at step 1 is over the budget of 64GiB") == 1
+    assert stream.getvalue().count("is over the budget of 64 GiB") == 1
+    assert "memory: 1 TiB at 'a step that was not tracked'" in stream.getvalue()
 
 
 def test_what_a_model_says_cannot_command_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

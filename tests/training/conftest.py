@@ -66,8 +66,8 @@ class Lab:
 
     def job(self, recipe: Recipe) -> Job:
         """Build what the loop would run, without running it."""
-        prepared, _, resolved, ledger = plan(inspect(recipe, cache=self.cache), Recorder())
-        return build(prepared, resolved, ledger, empty=False, say=Recorder().phase)
+        prepared, _, resolved = plan(inspect(recipe, cache=self.cache), Recorder())
+        return build(prepared, resolved.recipe, resolved.ledger, empty=False, say=Recorder().phase)
 
     def recipe(self, **changes: Any) -> Recipe:
         """Return a recipe of 6 steps on the tiny Llama; `__` in a name stands for a dot."""
@@ -81,6 +81,10 @@ class Lab:
             "seq": 16,
             "threads": 1,
             "memory": "8GiB",
+            # With all choices made there is nothing to plan.
+            "activations.name": "everything",
+            "activations.loss": "logits",
+            "precision": "fp32",
         }
         return parse(nest({**base, **{name.replace("__", "."): value for name, value in changes.items()}}))
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+from torch import nn
+
 
 class Everything:
     """The identity among activation policies."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Leave `model` as it is."""
 
     def context(self) -> AbstractContextManager[None]:
         """Change nothing about what autograd saves."""

@@ -10,8 +10,10 @@ the program and can be reset, so it is read instead (3 microseconds, through an 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import platform as host
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ import psutil
 _ROOT = Path("/")
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SHORT_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+_M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
 
 
 def fsync_file(file: int | Path, *, system: str = sys.platform) -> None:
@@ -87,6 +90,15 @@ def reset_peak_resident(*, system: str = sys.platform) -> bool:
     return True
 
 
+def has_data_limit(*, system: str = sys.platform) -> bool:
+    """Tell whether the system refuses this process memory beyond a limit of its own (`ulimit -d`)."""
+    if system == "win32":
+        return False
+    import resource  # absent on Windows
+
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+
+
 def stop_signals() -> tuple[signal.Signals, ...]:
     """Return the signals by which people and schedulers ask a program to stop."""
     names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Ctrl-Break, on Windows alone
@@ -109,6 +121,54 @@ def available_memory_bytes(*, root: Path = _ROOT) -> int:
     return max(0, min([available, *_cgroup_memory_left(root)]))
 
 
+def total_memory_bytes(*, root: Path = _ROOT) -> int:
+    """Return the bytes of main memory there are: the machine's, or its container's limit."""
+    limits = [limit for limit, _, _ in _cgroup_memory(root)]
+    return min([int(psutil.virtual_memory().total), *limits])
+
+
+def processor_name(*, root: Path = _ROOT) -> str:
+    """Return what the processor calls itself, or else its architecture."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, host.processor() or host.machine())
+
+
+def nvidia_gpus(*, root: Path = _ROOT) -> list[str]:
+    """Return the names of the GPUs that NVIDIA's driver shows on Linux, in milliseconds and without CUDA."""
+    names = []
+    for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]
+    return names
+
+
+def set_mmap_threshold(size: int) -> bool:
+    """Let malloc take every block of `size` bytes or more from the kernel, and give it back when it is freed.
+
+    Glibc raises the threshold by itself, up to 32 MiB, as soon as a large block is freed: from then on
+    tensors lie in a heap that fragments. Set once, it stays. Room that the heap has is still used first.
+
+    Returns:
+        Whether this system's malloc can do that; only glibc's can.
+    """
+    mallopt = _c_function("mallopt")
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, size) == 1
+
+
+def trim_heap() -> bool:
+    """Give the pages of freed blocks back to the kernel.
+
+    Returns:
+        Whether there was anything to give back; never where malloc is not glibc's.
+    """
+    malloc_trim = _c_function("malloc_trim")
+    return malloc_trim is not None and malloc_trim(ctypes.c_size_t(0)) == 1
+
+
 @contextmanager
 def passive_openmp() -> Iterator[None]:
     """Import torch inside this context to let idle OpenMP threads sleep soon instead of spin.
@@ -128,6 +188,14 @@ def passive_openmp() -> Iterator[None]:
     finally:
         for name in SHORT_WAIT:
             os.environ.pop(name, None)
+
+
+@lru_cache
+def _c_function(name: str) -> Any:
+    """Return a function of the C library that this process runs on; None where it has none of that name."""
+    if sys.platform == "win32":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def _empty_drive_cache(descriptor: int) -> bool:
@@ -206,8 +274,8 @@ def _cgroup_cores(root: Path) -> float | None:
     return min(quotas, default=None)
 
 
-def _cgroup_memory_left(root: Path) -> list[int]:
-    left = []
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int, Path]]:
+    """Yield the limit, the use and the folder of every control group that limits this process's memory."""
     for folder in _cgroup_folders(root, "memory"):
         for limit_name, used_name in (
             ("memory.max", "memory.current"),
@@ -215,8 +283,11 @@ def _cgroup_memory_left(root: Path) -> list[int]:
         ):
             limit, used = _read_numbers(folder / limit_name), _read_numbers(folder / used_name)
             if limit and used:
-                left.append(limit[0] - used[0] + _reclaimable(folder))
-    return left
+                yield limit[0], used[0], folder
+
+
+def _cgroup_memory_left(root: Path) -> list[int]:
+    return [limit - used + _reclaimable(folder) for limit, used, folder in _cgroup_memory(root)]
 
 
 def _reclaimable(folder: Path) -> int:

@@ -63,8 +63,20 @@ class Estimator(Protocol):
         """Leave the gradient of the summed loss in `.grad`, and return that loss, detached."""
 
 
+class Loss(Protocol):
+    """`activations.loss`: a model's loss over a micro-batch."""
+
+    model: nn.Module
+
+    def __call__(self, batch: Batch, *, divisor: float) -> Tensor:
+        """Return the summed cross-entropy in nats over `divisor`, a scalar fp32 tensor."""
+
+
 class Activations(Protocol):
     """`activations`: what the backward pass keeps."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Install on `model`, before its first step."""
 
     def context(self) -> AbstractContextManager[None]:
         """Return a context for the forward and backward pass of one optimizer step."""

@@ -109,12 +109,13 @@ def _dry_run(inputs: Inputs, reporter: Reporter, *, as_json: bool) -> None:
     from scrimp.report.summary import plan_lines
     from scrimp.training.run import plan
 
-    prepared, _, recipe, ledger = plan(inputs, reporter)
+    prepared, _, resolved = plan(inputs, reporter)
+    recipe, ledger = resolved.recipe, resolved.ledger
     for label, text in plan_lines(prepared, recipe, ledger):
         print(f"{label:>13}  {text}", file=sys.stderr)
     if as_json:
-        moments = {moment.name: dict(moment.terms) for moment in ledger.moments}
-        print_json({"recipe": flat(recipe), "predicted_bytes": ledger.peak.total, "moments": moments})
+        found = {"predicted_bytes": ledger.peak.total, "memory": ledger.to_plain()}
+        print_json({"recipe": flat(recipe), **found})
 
 
 def run_document(run: Run) -> dict[str, Any]:

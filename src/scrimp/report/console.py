@@ -71,7 +71,7 @@ class ConsoleReporter:
     def tick(self, tick: Tick) -> None:
         """Move the bar."""
         over = tick.peak_bytes > tick.budget_bytes
-        memory = f"{format_bytes(tick.peak_bytes)} / {format_bytes(tick.budget_bytes)}"
+        memory = f"{format_bytes(tick.peak_bytes)} of {format_bytes(tick.predicted_bytes)} planned"
         memory = f"[red]{memory}[/red]" if over else memory
         self._update(
             last=tick.step == tick.steps,

@@ -82,6 +82,7 @@ def done_lines(job: Job, run: Run) -> Lines:
     """Return what a finished run came to, with a sample of its text."""
     last, found = run.metrics, run.evaluation
     error = (last.predicted_bytes - last.peak_bytes) / last.peak_bytes
+    moment = f" at {run.peak_moment!r}" if run.peak_moment else ""
     lines = [
         (
             "training loss",
@@ -99,7 +100,8 @@ def done_lines(job: Job, run: Run) -> Lines:
     lines.append(
         (
             "peak memory",
-            f"{format_bytes(last.peak_bytes)} (predicted {format_bytes(last.predicted_bytes)}, {error:+.0%})",
+            f"{format_bytes(last.peak_bytes)}{moment} "
+            f"(predicted {format_bytes(last.predicted_bytes)}, {error:+.1%})",
         )
     )
     if run.skipped:

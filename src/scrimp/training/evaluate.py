@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from scrimp.data import Split
 from scrimp.data.loader import MicroBatch, evaluation_batches, evaluation_bytes
 
 if TYPE_CHECKING:
-    from scrimp.activations.loss import TokenLoss
+    from scrimp.base.protocols import Loss
     from scrimp.build import Prepared
     from scrimp.recipe import Recipe
 
@@ -63,7 +64,13 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 
 def evaluate(
-    loss: TokenLoss, prepared: Prepared, recipe: Recipe, split: Split, *, max_tokens: int | None
+    loss: Loss,
+    prepared: Prepared,
+    recipe: Recipe,
+    split: Split,
+    *,
+    max_tokens: int | None,
+    first: AbstractContextManager[None] | None = None,
 ) -> Evaluation:
     """Take a model's loss on a split of a corpus.
 
@@ -73,6 +80,7 @@ def evaluate(
         recipe: The resolved recipe: how rows are cut, and on which device.
         split: The documents.
         max_tokens: About how many tokens to take, in whole documents; None takes all.
+        first: Entered around the first micro-batch.
 
     Raises:
         ScrimpError: There is nothing to predict.
@@ -93,7 +101,7 @@ def evaluate(
     text_bytes = evaluation_bytes(
         split, prepared.tokenizer, seq=seq, packing=packing, long=long, max_tokens=max_tokens
     )
-    total, targets = _sum(loss, batches, device)
+    total, targets = _sum(loss, batches, device, first or nullcontext())
     if not targets or not text_bytes:
         raise ScrimpError(
             "the held-out text has no token to predict: give more data or raise --data.held-out"
@@ -108,7 +116,9 @@ def evaluate(
     )
 
 
-def _sum(loss: TokenLoss, batches: Iterable[MicroBatch], device: torch.device) -> tuple[float, int]:
+def _sum(
+    loss: Loss, batches: Iterable[MicroBatch], device: torch.device, first: AbstractContextManager[None]
+) -> tuple[float, int]:
     """Return the summed cross-entropy in nats and the number of targets."""
     exact = torch.float32 if device.type == "mps" else torch.float64
     nats = torch.zeros((), dtype=exact, device=device)
@@ -118,8 +128,10 @@ def _sum(loss: TokenLoss, batches: Iterable[MicroBatch], device: torch.device) -
     try:
         with torch.no_grad():
             for batch in batches:
-                nats += loss(on_device(batch, device), divisor=1.0)
+                with first:
+                    nats += loss(on_device(batch, device), divisor=1.0)
                 targets += batch.targets
+                first = nullcontext()
     finally:
         loss.model.train(was_training)
     return nats.item(), targets

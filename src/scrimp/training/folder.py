@@ -2,6 +2,7 @@
 
 RUN/recipe.yaml      the resolved recipe and what it ran with
 RUN/metrics.jsonl    one line a step
+RUN/memory.json      what was predicted and what was measured, moment by moment
 RUN/checkpoints/     see scrimp.training.checkpoint
 RUN/model/           the finished model, an ordinary Hugging Face folder
 RUN/tensorboard/     what a logger writes, where one was asked for
@@ -22,7 +23,7 @@ from scrimp.base.lock import run_lock
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"
 # In the order in which they go: as long as there is a recipe, the folder counts as a run.
-OURS = ("checkpoints", "model", "tensorboard", "wandb", "metrics.jsonl", RECIPE)
+OURS = ("checkpoints", "model", "tensorboard", "wandb", "memory.json", "metrics.jsonl", RECIPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def memory(self) -> Path:
+        """The predicted and the measured ledger."""
+        return self.path / "memory.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from scrimp.base.errors import Interrupted, ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.base.units import format_bytes, parse_bytes
+from scrimp.base.units import parse_bytes
 from scrimp.build import Job
-from scrimp.memory.measure import PeakMeter
+from scrimp.optim.clipping import clip_gradients
 from scrimp.schedules import multiplier
 from scrimp.training import checkpoint
+from scrimp.training.budget import over_budget
 from scrimp.training.evaluate import evaluate, on_device
 from scrimp.training.folder import RunFolder
 from scrimp.training.loggers import Logger
@@ -37,8 +38,8 @@ from scrimp.training.optimizer_state import optimizer_numbers, optimizer_tensors
 from scrimp.training.progress import Progress
 from scrimp.training.reporter import Reporter, Tick
 from scrimp.training.stopping import Stopper
+from scrimp.training.watch import Watch
 
-CLIP_MARGIN = 1e-6  # which torch adds to the norm before it divides by it
 CHECKPOINT_SECONDS = 600.0  # the longest stretch of work that a crash may cost
 
 
@@ -61,7 +62,7 @@ class Loop:
     Attributes:
         job: What to run.
         progress: Where it stands; kept up to date.
-        meter: Reads the memory peak.
+        watch: Looks at the memory.
         reporter: Told about every step.
         stopper: Asked between steps whether to stop.
         folder: Where checkpoints go; None writes none.
@@ -71,7 +72,7 @@ class Loop:
 
     job: Job
     progress: Progress
-    meter: PeakMeter
+    watch: Watch
     reporter: Reporter
     stopper: Stopper
     folder: RunFolder | None = None
@@ -84,14 +85,15 @@ class Loop:
     _first: int = 0
     _first_tokens: int = 0
     _budget: int = 0
-    _warned: bool = False
+    _over: str = ""
 
     def run(self, until: int) -> None:
         """Train until `until` optimizer steps are done.
 
         Raises:
             Interrupted: A signal asked to stop; the step was finished and saved.
-            ScrimpError: The loss is not finite, or a checkpoint could not be written.
+            ScrimpError: The loss is not finite, a checkpoint could not be written, or the run is over its
+                budget and its recipe is strict.
         """
         self._began = self._saved = self._mark = time.monotonic()
         self._first, self._first_tokens = self.progress.step, self.progress.tokens
@@ -109,6 +111,8 @@ class Loop:
                 self._save(scheduled=True)
             elif time.monotonic() - self._saved > CHECKPOINT_SECONDS:
                 self._save(scheduled=False)
+            if self._over and recipe.strict:
+                self._stop_over_budget()
             if self.stopper.requested is not None and not last:
                 self._stop(self.stopper.requested)
         self._read_pending()
@@ -119,15 +123,18 @@ class Loop:
         targets = sum(micro.targets for micro in batch)
         lr = self._set_learning_rate(step)
         self._seed(derive(recipe.seed, "step", step))
-        with job.activations.context(), job.placement.context():
-            loss = job.estimator.step(functools.partial(job.loss, divisor=max(1, targets)), batch)
-        norm = self._clip()
-        # Only this policy waits for the device: it must know before the update.
-        if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
-            self.progress.skipped += 1
-        else:
-            job.optimizer.step()
-        job.optimizer.zero_grad(set_to_none=True)
+        loss_function = functools.partial(job.loss, divisor=max(1, targets))
+        with self.watch.step(batch):
+            with job.activations.context(), job.placement.context():
+                loss = job.estimator.step(self.watch.loss(loss_function), batch)
+            self.watch.before_update()
+            norm = clip_gradients(job.trained.values(), recipe.clip)
+            # Only this policy waits for the device: it must know before the update.
+            if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
+                self.progress.skipped += 1
+            else:
+                job.optimizer.step()
+            job.optimizer.zero_grad(set_to_none=True)
         self._read_pending()
         self.progress.step = step + 1
         self.progress.tokens += targets
@@ -159,17 +166,6 @@ class Loop:
             group["lr"] = lr
         return lr
 
-    def _clip(self) -> Tensor:
-        """Return the global gradient norm, and scale the gradients down to `clip` where it is larger."""
-        parameters = [p for p in self.job.trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        clip = self.job.recipe.clip
-        # Scaling by one changes nothing; a GPU does it all the same rather than tell the host.
-        is_short = self.job.device.type == "cpu" and bool(norm + CLIP_MARGIN <= clip)
-        if clip > 0 and not is_short:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        return norm
-
     def _read_pending(self) -> None:
         """Read the step before from the device, and tell everybody about it."""
         pending, self._pending = self._pending, None
@@ -184,7 +180,7 @@ class Loop:
             lr=pending.lr,
             grad_norm=norm,
             tokens_per_s=pending.targets / (now - self._mark),
-            peak_bytes=self.meter.read(),
+            peak_bytes=self.watch.peak(),
             predicted_bytes=self.job.ledger.peak.total,
         )
         self.progress.last, self._mark = last, now
@@ -217,16 +213,17 @@ class Loop:
                 loss=last.loss,
                 tokens_per_s=(last.tokens - self._first_tokens) / spent,
                 peak_bytes=last.peak_bytes,
+                predicted_bytes=last.predicted_bytes,
                 budget_bytes=self._budget,
                 left_s=spent / (last.step - self._first) * (recipe.steps - last.step),
             )
         )
-        if last.peak_bytes > self._budget and not self._warned:
-            self._warned = True
-            self.reporter.note(
-                f"memory: {format_bytes(last.peak_bytes)} at step {last.step} is over the budget of "
-                f"{recipe.memory}; a smaller --micro-batch or --seq needs less"
+        if last.peak_bytes > self._budget and not self._over:
+            self._over = "memory: " + over_budget(
+                last.peak_bytes, self._budget, predicted=self.job.ledger, measured=self.watch.ledger
             )
+            if not recipe.strict:
+                self.reporter.note(f"{self._over}; a smaller --micro-batch or --seq needs less")
 
     def _not_finite(self, last: Metrics) -> str:
         found = None if self.folder is None else checkpoint.find_usable(self.folder.checkpoints).path
@@ -245,7 +242,12 @@ class Loop:
             return
         self.reporter.phase("evaluating", None)
         self.progress.evaluation = evaluate(
-            job.loss, job.prepared, job.recipe, held_out, max_tokens=job.recipe.evaluation.tokens
+            job.loss,
+            job.prepared,
+            job.recipe,
+            held_out,
+            max_tokens=job.recipe.evaluation.tokens,
+            first=self.watch.during("evaluation"),
         )
         self.progress.evaluated_step, self._mark = self.progress.step, time.monotonic()
         assert self.progress.last is not None
@@ -268,20 +270,28 @@ class Loop:
             "scheduled": scheduled,
             "optimizer": optimizer_numbers(job.optimizer, job.trained.items()),
         }
-        path = checkpoint.save(
-            self.folder.checkpoints,
-            step=progress.step,
-            model=job.model.state_dict(),
-            optimizer=optimizer_tensors(job.optimizer, job.trained.items()),
-            state=state,
-            identity=job.identity,
-        )
+        with self.watch.during("save"):
+            path = checkpoint.save(
+                self.folder.checkpoints,
+                step=progress.step,
+                model=job.model.state_dict(),
+                optimizer=optimizer_tensors(job.optimizer, job.trained.items()),
+                state=state,
+                identity=job.identity,
+            )
         keep = job.recipe.checkpoint.keep
         checkpoint.prune(self.folder.checkpoints, step=progress.step, keep=keep, best=progress.best_step)
         if scheduled and progress.last is not None:
             self.metrics.write("checkpoint", progress.last)
         self._saved = self._mark = time.monotonic()
         return path
+
+    def _stop_over_budget(self) -> None:
+        path = self._save(scheduled=False)
+        raise ScrimpError(
+            f"{self._over}; stopped after step {self.progress.step} as strict asks, and saved {path}; "
+            "start again with a smaller --micro-batch or --seq, or a larger --memory"
+        )
 
     def _stop(self, signal_number: int) -> None:
         path = self._save(scheduled=False)

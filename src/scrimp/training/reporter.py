@@ -22,6 +22,7 @@ class Tick:
         loss: Training loss in nats.
         tokens_per_s: Over the steps since the process began.
         peak_bytes: Highest memory use so far.
+        predicted_bytes: The peak that was predicted.
         budget_bytes: The memory budget.
         left_s: Estimate of the time left, evaluations and checkpoints included.
     """
@@ -31,13 +32,14 @@ class Tick:
     loss: float
     tokens_per_s: float
     peak_bytes: int
+    predicted_bytes: int
     budget_bytes: int
     left_s: float
 
     def __str__(self) -> str:
         return (
             f"step {self.step}/{self.steps}  loss {self.loss:.3f}  {self.tokens_per_s:,.0f} tokens/s  "
-            f"peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}  "
+            f"peak {format_bytes(self.peak_bytes)} of {format_bytes(self.predicted_bytes)} planned  "
             f"{format_duration(self.left_s)} left"
         )
 

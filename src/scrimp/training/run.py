@@ -8,9 +8,10 @@ leaves nothing behind.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,12 +19,15 @@ import torch
 from scrimp import models, recipe_file
 from scrimp.base import files
 from scrimp.base.errors import Interrupted, ScrimpError
-from scrimp.base.ledger import Ledger
+from scrimp.base.units import parse_bytes
 from scrimp.build import Inputs, Job, Prepared, build, make_loader, prepare
-from scrimp.memory.measure import PeakMeter, fixed_bytes
+from scrimp.memory.heap import choose_policy, returning, trimming
+from scrimp.memory.machine import CUDA_CONTEXT
+from scrimp.memory.observer import PeakMeter
 from scrimp.recipe import Recipe, flat
-from scrimp.resolve import choose_device, resolve
+from scrimp.resolve import Resolved, choose_device, resolve
 from scrimp.training import checkpoint
+from scrimp.training.budget import out_of_memory
 from scrimp.training.environment import differences, process_state, recorded
 from scrimp.training.evaluate import Evaluation
 from scrimp.training.folder import RunFolder, claimed, next_free
@@ -35,6 +39,7 @@ from scrimp.training.progress import Progress
 from scrimp.training.reporter import Reporter
 from scrimp.training.start import Start
 from scrimp.training.stopping import Stopper
+from scrimp.training.watch import Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,7 @@ class Run:
         metrics: The numbers of the last step.
         evaluation: The last evaluation; None where nothing was held out.
         skipped: Steps left out for a non-finite gradient.
+        peak_moment: The moment of the run that held the most; empty where this call trained nothing.
     """
 
     out: Path
@@ -56,6 +62,7 @@ class Run:
     metrics: Metrics
     evaluation: Evaluation | None
     skipped: int
+    peak_moment: str = field(default="", compare=False)
 
 
 def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
@@ -81,14 +88,21 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
             return finished
         # A run has one prediction: what the process held when it began counts after a resume too.
         fixed = start.recorded.get("fixed_bytes") if start.resuming else None
-        prepared, device, recipe, ledger = plan(inputs, reporter, fixed=fixed)
+        prepared, device, resolved = plan(inputs, reporter, fixed=fixed)
+        recipe = resolved.recipe
         meter = PeakMeter(device)
-        with process_state(recipe, device), _explained(folder, recipe):
+        heap = choose_policy(resolved.ledger, recipe) if device.type == "cpu" else "leave"
+        with (
+            process_state(recipe, device),
+            _capped(recipe, device, inputs),
+            returning(heap),
+            _explained(folder, resolved),
+        ):
             files.recover(folder.checkpoints)
             found = (
                 checkpoint.find_usable(folder.checkpoints) if start.resuming else checkpoint.Found(None, [])
             )
-            job = build(prepared, recipe, ledger, empty=found.path is not None, say=reporter.phase)
+            job = build(prepared, recipe, resolved.ledger, empty=found.path is not None, say=reporter.phase)
             _compare(job, start, reporter)
             point = restore(job, found, reporter)
             if start.asked_to_resume and point.progress.step == 0:
@@ -98,14 +112,15 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
             with _clean_on_failure(folder, start, point):
                 _write_recipe(job, folder)
                 reporter.plan(job)
-                run = _train(job, folder, point, meter, reporter, stopper)
+                with trimming(job.model, heap):
+                    run = _train(job, folder, point, meter, reporter, stopper)
             reporter.done(job, run)
             return run
 
 
 def plan(
     inputs: Inputs, reporter: Reporter, *, fixed: int | None = None
-) -> tuple[Prepared, torch.device, Recipe, Ledger]:
+) -> tuple[Prepared, torch.device, Resolved]:
     """Tokenise, resolve the recipe and predict its memory, without making the model.
 
     Args:
@@ -116,7 +131,10 @@ def plan(
     prepared = prepare(inputs, reporter.phase)
     device = choose_device(inputs.recipe)
     reporter.phase("planning", None)
-    recipe, ledger = resolve(prepared, device, fixed=fixed_bytes(device) if fixed is None else fixed)
+    resolved = resolve(prepared, device, fixed=fixed, say=reporter.phase)
+    recipe = resolved.recipe
+    if resolved.why is not None:
+        reporter.note(f"planned for {recipe.memory}: {resolved.why}")
     loader = make_loader(prepared, recipe)  # refuses data shorter than one sequence
     if loader.lost_tokens:
         share = loader.lost_tokens / len(prepared.corpus.train.tokens)
@@ -129,7 +147,7 @@ def plan(
             "precision bf16: weights stagnate, since an update smaller than about 1/256 of a weight rounds "
             "away; --precision bf16-mixed keeps fp32 weights"
         )
-    return prepared, device, recipe, ledger
+    return prepared, device, resolved
 
 
 @contextmanager
@@ -222,10 +240,11 @@ def _train(
             reporter.note(f"{folder.metrics} is shorter than its checkpoint says: earlier lines are missing")
         if point.announced and point.progress.last is not None:
             metrics.write("checkpoint", point.progress.last)
+        watch = Watch(job, meter)
         loop = Loop(
             job=job,
             progress=point.progress,
-            meter=meter,
+            watch=watch,
             reporter=reporter,
             stopper=stopper,
             folder=folder,
@@ -239,6 +258,7 @@ def _train(
         finally:
             for logger in loop.loggers:
                 logger.close()
+            _write_ledgers(job, watch, folder)
         reporter.phase("saving the model", None)
         _export(job, folder)
         progress = point.progress
@@ -252,7 +272,15 @@ def _train(
         metrics=progress.last,
         evaluation=progress.evaluation,
         skipped=progress.skipped,
+        peak_moment=watch.peak_moment(),
     )
+
+
+def _write_ledgers(job: Job, watch: Watch, folder: RunFolder) -> None:
+    """Write what was predicted and what was measured, moment by moment."""
+    if watch.ledger is not None:
+        found = {"predicted": job.ledger.to_plain(), "measured": watch.ledger.to_plain()}
+        files.write_atomic(folder.memory, json.dumps(found, indent=1) + "\n")
 
 
 def _export(job: Job, folder: RunFolder) -> None:
@@ -274,16 +302,31 @@ def _clean_on_failure(folder: RunFolder, start: Start, point: Point) -> Iterator
 
 
 @contextmanager
-def _explained(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
+def _capped(recipe: Recipe, device: torch.device, inputs: Inputs) -> Iterator[None]:
+    """On CUDA, let the allocator itself refuse what is over a budget that the user gave."""
+    if device.type != "cuda" or inputs.recipe.memory is None or recipe.memory is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = parse_bytes(recipe.memory) - CUDA_CONTEXT
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allowed / total)), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def _explained(folder: RunFolder, resolved: Resolved) -> Iterator[None]:
     """Say what to do about memory that ran out, and after a stop that could not wait for its step."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ScrimpError(_out_of_memory(recipe)) from error
+        raise ScrimpError(out_of_memory(resolved)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise ScrimpError(_out_of_memory(recipe)) from error
+        raise ScrimpError(out_of_memory(resolved)) from error
     except Interrupted as stop:
         if stop.out is not None or not folder.is_run:
             raise
@@ -292,10 +335,3 @@ def _explained(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
             signal_number=stop.signal_number,
             out=folder.path,
         ) from None
-
-
-def _out_of_memory(recipe: Recipe) -> str:
-    return (
-        f"the memory of {recipe.device} ran out with micro-batches of {recipe.micro_batch} x {recipe.seq} "
-        "tokens: lower --micro-batch or --seq, or choose a smaller model"
-    )

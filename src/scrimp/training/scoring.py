@@ -11,7 +11,6 @@ from scrimp import models, recipe_file
 from scrimp.activations.loss import TokenLoss
 from scrimp.base.errors import ScrimpError
 from scrimp.build import inspect, prepare
-from scrimp.memory.measure import fixed_bytes
 from scrimp.recipe import Recipe, flat, replace
 from scrimp.resolve import choose_device, resolve
 from scrimp.training.environment import process_state
@@ -46,7 +45,7 @@ def score(
     inputs = inspect(recipe, cache=cache, trust_remote_code=trust_remote_code)
     prepared = prepare(inputs, reporter.phase)
     device = choose_device(inputs.recipe)
-    resolved, _ = resolve(prepared, device, fixed=fixed_bytes(device))
+    resolved = resolve(prepared, device, fixed=None, say=reporter.phase).recipe
     with process_state(resolved, device):
         reporter.phase("loading the model", None)
         dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 
 from scrimp.base.errors import ScrimpError
 from scrimp.build import build, inspect
-from scrimp.memory.measure import PeakMeter
+from scrimp.memory.observer import PeakMeter
 from scrimp.recipe import Recipe
 from scrimp.training import checkpoint
 from scrimp.training.environment import process_state
@@ -19,6 +19,7 @@ from scrimp.training.reporter import Reporter
 from scrimp.training.run import plan, restore
 from scrimp.training.start import choose_start
 from scrimp.training.stopping import Stopper
+from scrimp.training.watch import Watch
 
 COMPARED = ("tokens", "loss", "lr", "grad_norm")
 
@@ -78,14 +79,18 @@ def verify(
     following = [step for step in saved if step > first]
     last = min(max(rows), first + steps if steps else min(following, default=max(rows)))
     start = choose_start(Recipe(), out=out, resume=True)
-    prepared, device, recipe, ledger = plan(
+    prepared, device, resolved = plan(
         inspect(start.recipe, cache=cache, trust_remote_code=trust_remote_code), reporter
     )
-    with process_state(recipe, device):
-        job = build(prepared, recipe, ledger, empty=True, say=reporter.phase)
+    with process_state(resolved.recipe, device):
+        job = build(prepared, resolved.recipe, resolved.ledger, empty=True, say=reporter.phase)
         point = restore(job, checkpoint.Found(saved[first], []), reporter)
         loop = Loop(
-            job=job, progress=point.progress, meter=PeakMeter(device), reporter=reporter, stopper=Stopper()
+            job=job,
+            progress=point.progress,
+            watch=Watch(job, PeakMeter(device)),
+            reporter=reporter,
+            stopper=Stopper(),
         )
         reporter.plan(job)
         differing = tuple(step for step in range(first + 1, last + 1) if not _repeats(loop, rows[step]))

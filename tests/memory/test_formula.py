@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scrimp.activations.loss import TokenLoss
 from scrimp.data.loader import MicroBatch
-from scrimp.memory.predict import Widths, predict
+from scrimp.memory.formula import FORMULA_ERROR, Widths, estimate
+from scrimp.recipe import Recipe, replace
 
 LLAMA = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "max_position_embeddings": 64}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
@@ -83,29 +84,34 @@ def test_widths_are_read_from_every_family(kind: str, expected: Widths) -> None:
     assert Widths.of(getattr(transformers, kind)()) == expected
 
 
-TINY = Widths(layers=2, hidden=8, ffn=16, heads=2, query=8, key_value=4, vocab=50)
-P = 1000
+FIXED = 7
 
 
-def _predict(**changes: Any) -> Any:
-    given = {"parameters": P, "trained": P, "precision": "fp32", "tokens": 64, "micro_batches": 1, "fixed": 7}
-    return predict(TINY, **{**given, **changes})
+def _estimate(**changes: Any) -> Any:
+    values = {"seq": 16, "batch": 4, "micro_batch": 4, "precision": "fp32"}
+    recipe = replace(Recipe(), {**values, **changes})
+    return estimate(_config(2), recipe, fixed=FIXED, reason="a test")
+
+
+def _parameters() -> int:
+    return transformers.AutoModelForCausalLM.from_config(_config(2)).num_parameters()
 
 
 def test_weights_gradients_and_state_are_counted_by_their_dtype() -> None:
+    count = _parameters()
     for precision, width in (("fp32", 4), ("bf16-mixed", 4), ("bf16", 2)):
-        ledger = _predict(precision=precision)
+        ledger = _estimate(precision=precision)
         for moment in ledger.moments:
-            assert moment.terms["weights"] == width * P
-            assert moment.terms["optimizer state"] == 2 * width * P
-            assert moment.terms["fixed"] == 7
+            assert moment.terms["weights"] == width * count
+            assert moment.terms["optimizer state"] == 2 * width * count
+            assert moment.terms["fixed"] == FIXED
         step = ledger.moments[-1]
         assert step.name == "optimizer step"
-        assert step.terms["gradients"] == width * P
+        assert step.terms["gradients"] == width * count
 
 
 def test_the_peak_is_the_largest_moment_and_not_the_sum_of_the_terms() -> None:
-    ledger = _predict()
+    ledger = _estimate()
     totals = [moment.total for moment in ledger.moments]
     assert [moment.name for moment in ledger.moments] == ["loss", "backward", "optimizer step"]
     assert ledger.peak.total == max(totals)
@@ -117,19 +123,16 @@ def test_the_peak_is_the_largest_moment_and_not_the_sum_of_the_terms() -> None:
 
 
 def test_gradients_are_alive_during_the_loss_only_when_they_accumulate() -> None:
-    assert _predict(micro_batches=1).moments[0].terms["gradients"] == 0
-    assert _predict(micro_batches=2).moments[0].terms["gradients"] == 4 * P
-
-
-def test_what_does_not_train_has_no_gradient_and_no_state() -> None:
-    ledger = _predict(trained=10)
-    assert ledger.moments[-1].terms == {
-        **_predict().moments[-1].terms,
-        "gradients": 40,
-        "optimizer state": 80,
-    }
+    assert _estimate().moments[0].terms["gradients"] == 0
+    assert _estimate(micro_batch=2).moments[0].terms["gradients"] == 4 * _parameters()
 
 
 def test_activations_grow_with_the_tokens_alone() -> None:
-    one, two = (_predict(tokens=tokens).moments[0].terms["activations"] for tokens in (64, 128))
+    one, two = (_estimate(seq=seq).moments[0].terms["activations"] for seq in (16, 32))
     assert two == 2 * one > 0
+
+
+def test_an_estimate_says_what_it_is() -> None:
+    ledger = _estimate()
+    assert (ledger.basis, ledger.error) == ("formula", FORMULA_ERROR)
+    assert "could not be traced (a test)" in ledger.notes[0]

@@ -1,0 +1,63 @@
+"""What a recipe leaves open and neither the data nor the memory decides.
+
+It imports no torch, so that a plan whose traces are cached is there at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from scrimp.base import platform
+from scrimp.base.errors import ScrimpError
+from scrimp.recipe import Recipe, replace
+from scrimp.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from scrimp.models import Source
+
+FINE_TUNING_LR = 2e-5
+SCRATCH_LR = 1e-3
+DEFAULT_SEQ = 512
+DEFAULT_BATCH = 8
+
+
+def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, context: int | None) -> Recipe:
+    """Fill in where a model starts, its learning rate, sequence, batch, precision, device and threads.
+
+    Args:
+        recipe: What the user asked for.
+        source: Where its model comes from.
+        device: The type of the device it trains on.
+        has_bf16: Whether that device multiplies in bf16.
+        context: The longest sequence the model has positions for; None is no limit.
+
+    Raises:
+        ScrimpError: The sequence is longer than the model's positions.
+    """
+    shape = SHAPES.get(source.name)
+    init = recipe.model.init
+    if init == "auto":
+        init = "weights" if source.has_weights else "scratch"
+    seq = recipe.seq or (shape.seq if shape else min(DEFAULT_SEQ, context or DEFAULT_SEQ))
+    if context is not None and seq > context:
+        raise ScrimpError(
+            f"seq {seq}: model {recipe.model.name} has positions for {context} tokens; lower --seq"
+        )
+    micro_batch = recipe.micro_batch or 1
+    usual_batch = shape.batch if shape else DEFAULT_BATCH
+    default_lr = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if device == "cuda" and has_bf16 else "fp32"
+    filled: dict[str, Any] = {
+        "model.init": init,
+        "optimizer.lr": recipe.optimizer.lr or default_lr,
+        "seq": seq,
+        "batch": recipe.batch or math.ceil(usual_batch / micro_batch) * micro_batch,
+        "precision": precision,
+        "device": device,
+        "threads": recipe.threads or platform.usable_cores(),
+        "compile": bool(recipe.compile),
+    }
+    return replace(recipe, filled)

@@ -1,0 +1,118 @@
+"""From profiles to a ledger: the moments of a run and what each holds, in plain arithmetic.
+
+    load            weights
+    forward, loss, backward of the first micro-batch
+    ... of the later ones, where the gradients of those before are alive
+    optimizer step  gradients, and the optimizer's own temporaries
+    evaluation      no gradients
+    save            nothing but what lives; on disk, the checkpoints that stay and the one being written
+    resume          one tensor at a time
+    merge           what a parametrisation needs to become dense again
+
+Weights and optimizer state are held at all of them but the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from scrimp.base.ledger import Ledger, Moment, Place, Term
+from scrimp.memory.profile import EvaluationProfile, Line, ModelSize, OptimizerProfile, StepProfile, highest
+from scrimp.recipe import Recipe
+
+TRACED_ERROR = 0.03  # of the peak: the largest seen against allocator and resident memory, rounded up
+BEST_AND_NEXT = 2  # checkpoints besides those that are kept: the best one, and the one being written
+SHARD_BYTES = 2 * 10**9  # of the finished model that are copied to the host at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a ledger is made of.
+
+    Attributes:
+        size: The model's tensors.
+        step: The profile of a micro-batch in training.
+        evaluation: That of one in evaluation.
+        optimizer: The optimizer's profile.
+        fixed: Bytes held before the model exists.
+        slack: Bytes that the allocator and the libraries hold besides, once it trains.
+        file_bytes: Bytes of the weight files that are mapped while the model is loaded, and differ in
+            dtype from what trains; 0 where the weights are used as they lie in the file.
+    """
+
+    size: ModelSize
+    step: StepProfile
+    evaluation: EvaluationProfile
+    optimizer: OptimizerProfile
+    fixed: int
+    slack: int = 0
+    file_bytes: int = 0
+
+
+def ledger(parts: Parts, recipe: Recipe) -> Ledger:
+    """Account for a whole run.
+
+    Args:
+        parts: The profiles.
+        recipe: The resolved recipe.
+    """
+    answers = tuple(f"assumed about a value: {answer}" for answer in parts.step.answers)
+    return Ledger(tuple(_moments(parts, recipe)), basis="traced", error=TRACED_ERROR, notes=answers)
+
+
+def _moments(parts: Parts, recipe: Recipe) -> Iterator[Moment]:
+    assert recipe.batch is not None and recipe.micro_batch is not None
+    size, optimizer, rows = parts.size, parts.optimizer, recipe.micro_batch
+    loaded: dict[Term, int] = {"fixed": parts.fixed, "weights": size.weights}
+    always: dict[Term, int] = {
+        **loaded,
+        "fixed": parts.fixed + parts.slack,
+        "optimizer state": optimizer.state,
+    }
+    on_gpu = recipe.device == "cuda"
+    load: dict[Place, Mapping[Term, int]] = {}
+    if on_gpu:
+        load = {"host": {"weights": size.weights, "temporaries": parts.file_bytes}}
+    elif parts.file_bytes:
+        loaded["temporaries"] = parts.file_bytes
+    yield Moment("load", loaded, load)
+    several = recipe.batch > rows
+    yield from _micro_batch(parts.step.first, rows, always, ", micro-batch 1" if several else "")
+    if several:
+        yield from _micro_batch(parts.step.later, rows, always, ", micro-batch 2")
+    yield Moment(
+        "optimizer step", {**always, "gradients": size.gradients, "temporaries": optimizer.temporaries}
+    )
+    yield _moment("evaluation", parts.evaluation.lines, rows, always)
+    yield Moment("save", always, _saved(parts, recipe, on_gpu=on_gpu))
+    yield Moment("resume", {**always, "temporaries": size.largest})
+    yield Moment("merge", always)
+
+
+def _micro_batch(
+    lines: Mapping[str, tuple[Line, ...]], rows: int, always: Mapping[Term, int], suffix: str
+) -> Iterator[Moment]:
+    for name, found in lines.items():
+        yield _moment(f"{name}{suffix}", found, rows, always)
+
+
+def _moment(name: str, lines: tuple[Line, ...], rows: int, always: Mapping[Term, int]) -> Moment:
+    (activations, gradients, temporaries), operation = highest(lines, rows)
+    terms: dict[Term, int] = {
+        "gradients": gradients,
+        "activations": activations,
+        "temporaries": temporaries,
+    }
+    return Moment(name, {**always, **terms}, operation=operation)
+
+
+def _saved(parts: Parts, recipe: Recipe, *, on_gpu: bool) -> dict[Place, Mapping[Term, int]]:
+    kept = recipe.checkpoint.keep + BEST_AND_NEXT
+    weights, state = parts.size.weights, parts.optimizer.state
+    places: dict[Place, Mapping[Term, int]] = {
+        "disk": {"weights": (kept + 1) * weights, "optimizer state": kept * state}
+    }
+    if on_gpu:
+        places["host"] = {"temporaries": min(weights, max(SHARD_BYTES, parts.size.largest))}
+    return places
