@@ -33,6 +33,7 @@ TITLES = {
     "finetune": "Fine-tuning SmolLM2-135M",
     "memory_accuracy": "Predicted memory, against the allocator's events",
     "memory_resident": "Predicted memory, against the resident memory of whole runs",
+    "memory_peers": "Predicted memory, beside other tools",
     "plan_time": "How long a plan takes",
 }
 LEAST_TOKENISING_RATIO = 1.3
@@ -145,12 +146,43 @@ def _kills(document: Document) -> list[Row]:
     return rows
 
 
+def _memory_peers(document: Document) -> list[Row]:
+    rows = []
+    for row in document["results"]["cases"]:
+        case = re.sub(r"Case\(|\)|'", "", row["case"])
+        for peer, answer in row["said"].items():
+            off = row["error_percent"].get(peer)
+            said = f"{off:+.4g} %" if off is not None else f"fails: {answer}"
+            rows.append((f"{peer}: {case}", said, "", ""))
+    return rows
+
+
+def _memory_resident(document: Document) -> list[Row]:
+    results = document["results"]
+    rows = [
+        (
+            f"`{run['run']}`: MB measured, MB predicted",
+            f"{run['measured'] / 1e6:,.0f}, {run['predicted'] / 1e6:,.0f} ({run['error']:+.1%})",
+            "",
+            "",
+        )
+        for run in results["runs"]
+    ]
+    return rows + [
+        (f"`{run['run']}` under a limit of {factor} x its prediction", run[f"at_{factor}"], "", "")
+        for run in results["limits"]
+        for factor in ("1.05", "0.9")
+    ]
+
+
 OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "loop": _loop,
     "openmp_wait": _openmp_wait,
     "tokenising": _tokenising,
     "preparing_memory": _preparing_memory,
     "kills": _kills,
+    "memory_peers": _memory_peers,
+    "memory_resident": _memory_resident,
 }
 
 
