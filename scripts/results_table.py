@@ -33,6 +33,7 @@ TITLES = {
     "finetune": "Fine-tuning SmolLM2-135M",
     "memory_accuracy": "Predicted memory, against the allocator's events",
     "memory_resident": "Predicted memory, against the resident memory of whole runs",
+    "memory_budgets": "Random budgets",
     "memory_peers": "Predicted memory, beside other tools",
     "plan_time": "How long a plan takes",
 }
