@@ -36,6 +36,7 @@ def test_an_eager_mixture_says_what_was_assumed_and_a_larger_error() -> None:
     mixture = ledger(make_parts(eager), RECIPE)
     assert mixture.error == ASSUMED_ERROR > TRACED_ERROR
     assert any("assumed about a value" in note for note in mixture.notes)
+    assert any("all tokens to one of them" in note for note in mixture.notes)
 
 
 def test_slack_comes_after_loading_and_a_file_of_another_type_before_training() -> None:

@@ -178,7 +178,11 @@ class Tracer:
 
     def _trace(self, recipe: Recipe, rows: int, *, training: bool) -> Found:
         def trace(config: Any) -> Curve:
-            return trace_micro_batch(recipe, config, rows=rows, training=training)
+            curve = trace_micro_batch(recipe, config, rows=rows, training=training)
+            if training and curve.answers:
+                one = trace_micro_batch(recipe, config, rows=rows, routing="one")
+                curve.answers += _bound(curve, one)
+            return curve
 
         depths = _depths(self._config, self._layers)
         if depths is not None:
@@ -228,6 +232,14 @@ def _with_layers(config: Any, layers: int) -> Any:
     if text.num_hidden_layers != layers:
         raise Unresizable
     return resized
+
+
+def _bound(even: Curve, one: Curve) -> tuple[str, ...]:
+    """Say what a mixture would hold whose router sends all tokens to one expert; nothing for other models."""
+    more = int(one.total.max()) / int(even.total.max()) - 1
+    if abs(more) < ALIKE:
+        return ()
+    return (f"the experts are hit evenly; with all tokens to one of them a micro-batch holds {more:+.0%}",)
 
 
 def _total(lines: tuple[Line, ...], rows: int) -> int:
