@@ -138,9 +138,8 @@ class Tracer:
                     clip_gradients(trained, 1.0)
                     optimizer.step()
                 record = tracker.record
-            alive, state, peak = _alive(record), 0, 0
-            peak = max(alive, default=0)
-            state = alive[-1] if alive else 0
+            alive = _alive(record)
+            peak, state = max(alive), alive[-1]
             return OptimizerProfile(
                 state=state,
                 temporaries=peak - state,
