@@ -62,7 +62,7 @@ def test_one_path_or_several_are_the_same_field() -> None:
         ("tokens", "20M", 20_000_000),
         ("batch", "16", 16),
         ("optimizer.lr", "3e-4", 3e-4),
-        ("optimizer.lr", "auto", None),
+        ("optimizer.lr", "auto", "auto"),
         ("optimizer.betas", "0.9,0.95", (0.9, 0.95)),
         ("seed", "7", 7),
         ("clip", "0", 0.0),
@@ -93,8 +93,14 @@ def test_an_error_says_where_what_and_what_is_allowed() -> None:
         parse({"schedule": {"name": "cosinus"}}, where="my.yaml")
     message = str(caught.value)
     assert message.startswith("my.yaml: schedule.name = 'cosinus': ")
-    assert "'constant', 'linear', 'cosine' or 'wsd'" in message
+    assert "'constant', 'linear', 'cosine', 'wsd' or 'power'" in message
     assert "did you mean 'cosine'?" in message
+
+
+@pytest.mark.parametrize("lr", [0, -1, "fast"])
+def test_an_error_of_a_field_of_two_types_names_the_field_alone(lr: Any) -> None:
+    with pytest.raises(ScrimpError, match=rf"recipe: optimizer\.lr = {lr!r}: input should be"):
+        parse({"optimizer": {"lr": lr}})
 
 
 def test_an_unknown_piece_is_refused_once_not_with_its_path_twice() -> None:

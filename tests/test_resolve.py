@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from scrimp.base.errors import ScrimpError
 from scrimp.build import Prepared, inspect, prepare
 from scrimp.data import byte_tokenizer
 from scrimp.defaults import DEFAULT_BATCH, FINE_TUNING_LR, SCRATCH_LR
+from scrimp.memory import predict
 from scrimp.memory.predictor import needed
+from scrimp.methods import piece
 from scrimp.recipe import Recipe, flat, parse, replace
 from scrimp.resolve import Resolved, choose_device, resolve
 from scrimp.shapes import SHAPES
@@ -113,6 +116,53 @@ def test_stored_weights_are_fine_tuned_and_random_ones_trained(
     assert (full.model.init, full.optimizer.lr) == ("weights", FINE_TUNING_LR)
     again = _resolved(prepared(model__name=str(folder / "full"), model__init="scratch"))
     assert (again.model.init, again.optimizer.lr) == ("scratch", SCRATCH_LR)
+
+
+def test_auto_is_step_laws_rate_for_this_model_and_this_run(prepared: Callable[..., Prepared]) -> None:
+    """Once in steps, once in tokens; the recipe holds the number, and the note says what it rests on."""
+    matrices = 4 * 16 * 16 + 3 * 16 * 24
+    for length in ({"steps": 30}, {"tokens": 30 * 4 * 64}):
+        found = _resolve(prepared(optimizer__lr="auto", batch=4, seq=64, **length))
+        expected = 1.79 * matrices**-0.713 * (30 * 4 * 64) ** 0.307
+        assert found.recipe.optimizer.lr == pytest.approx(expected, rel=0.005)  # three digits of it
+        assert found.law is not None
+        assert found.law.startswith(f"lr {found.recipe.optimizer.lr:g}: Step Law")
+        for words in ("2.18 K non-embedding", "7.68 K tokens", "extrapolation", "1.5 sequences"):
+            assert words in found.law
+        assert _resolve(prepared(**flat(found.recipe))).law is None  # it is a stated number now
+
+
+def test_auto_follows_the_rate_that_an_optimizer_wants(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"optimizer__lr": "auto", "steps": 30}
+    adamw = _resolve(prepared(**fields))
+    tenth = dataclasses.replace(piece("optimizer", "adamw"), lr_ratio=0.1)
+    monkeypatch.setattr("scrimp.resolve.piece", lambda *_: tenth)
+    found = _resolve(prepared(**fields))
+    assert adamw.recipe.optimizer.lr is not None and found.recipe.optimizer.lr is not None
+    assert float(found.recipe.optimizer.lr) == pytest.approx(0.1 * float(adamw.recipe.optimizer.lr), rel=0.01)
+    assert found.law is not None and ", 0.1 times AdamW's for adamw:" in found.law
+
+
+def test_auto_is_the_cap_of_schedule_power_and_says_so(prepared: Callable[..., Prepared]) -> None:
+    plain = _resolve(prepared(optimizer__lr="auto", steps=30))
+    power = _resolve(prepared(optimizer__lr="auto", steps=30, schedule__name="power"))
+    assert power.recipe.optimizer.lr == plain.recipe.optimizer.lr
+    assert power.law is not None and "the cap of schedule power" in power.law
+
+
+def test_auto_is_refused_for_stored_weights(prepared: Callable[..., Prepared], folder: Path) -> None:
+    with pytest.raises(ScrimpError, match=r"lr auto: .* starts from stored ones; choose .* --lr 2e-05"):
+        _resolved(prepared(model__name=str(folder / "full"), optimizer__lr="auto"))
+    again = prepared(model__name=str(folder / "full"), model__init="scratch", optimizer__lr="auto", steps=9)
+    assert _resolve(again).law is not None
+
+
+def test_memory_does_not_ask_where_the_rate_comes_from(prepared: Callable[..., Prepared]) -> None:
+    """Which is why a plan, that reads no data and so knows no length, takes `auto` too."""
+    stated, auto = (prepared(optimizer__lr=lr, micro_batch=2, **PLAIN) for lr in (1e-3, "auto"))
+    assert predict(auto.inputs.recipe) == predict(stated.inputs.recipe)
 
 
 def test_the_length_is_one_pass_or_what_was_asked_for(prepared: Callable[..., Prepared]) -> None:

@@ -33,7 +33,8 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, conte
         context: The longest sequence the model has positions for; None is no limit.
 
     Raises:
-        ScrimpError: The sequence is longer than the model's positions.
+        ScrimpError: The sequence is longer than the model's positions, or Step Law is asked for the rate of
+            fine-tuning.
     """
     shape = SHAPES.get(source.name)
     init = recipe.model.init
@@ -46,13 +47,20 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, conte
         )
     micro_batch = recipe.micro_batch or 1
     usual_batch = shape.batch if shape else DEFAULT_BATCH
-    default_lr = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
+    lr = recipe.optimizer.lr
+    if lr == "auto" and init == "weights":
+        raise ScrimpError(
+            f"lr auto: Step Law is for random weights, and {recipe.model.name} starts from stored ones; "
+            f"choose a rate, such as --lr {FINE_TUNING_LR:g}, or leave it out"
+        )
+    if lr is None or lr == "auto":  # the law needs the length too; what memory takes depends on neither
+        lr = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16-mixed" if device == "cuda" and has_bf16 else "fp32"
     filled: dict[str, Any] = {
         "model.init": init,
-        "optimizer.lr": recipe.optimizer.lr or default_lr,
+        "optimizer.lr": lr,
         "seq": seq,
         "batch": recipe.batch or math.ceil(usual_batch / micro_batch) * micro_batch,
         "precision": precision,

@@ -28,6 +28,8 @@ class Piece:
         summary: One line for people.
         gives_up: What a run loses by it, with the evidence; empty where it computes the same.
         rank: How much is lost, from 0 for nothing; the planner takes the lowest that fits.
+        lr_ratio: Of an optimizer: its learning rate over AdamW's, as its source states; `--lr auto` and the
+            bench's search start there.
     """
 
     choice: Choice
@@ -36,6 +38,7 @@ class Piece:
     summary: str
     gives_up: str = ""
     rank: int = 0
+    lr_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -311,6 +311,27 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return next((limit for name in names if (limit := getattr(text, name, None))), None)
 
 
+def non_embedding(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
+    """Count the parameters that the scaling laws count, without making them.
+
+    Matrices alone: norms and biases are left out, and so are embeddings of tokens and positions and the
+    output head, tied or not. Of a mixture every expert counts.
+
+    Args:
+        config: The model's configuration.
+        trust_remote_code: Let the model's own Python code run.
+    """
+    import torch
+    from torch import nn
+
+    with torch.device("meta"):
+        model = create_empty(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside += [head for head in [model.get_output_embeddings()] if head is not None]
+    left_out = {id(parameter) for module in outside for parameter in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in left_out)
+
+
 def export(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write an ordinary Hugging Face folder.
 

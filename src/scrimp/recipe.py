@@ -137,8 +137,10 @@ class Optimizer(Section):
     """How a gradient becomes a step."""
 
     name: str = Field(default="adamw", description="optimizer")
-    lr: Annotated[float | None, Auto] = Field(
-        default=None, gt=0, description="peak learning rate; none: one that suits the model"
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        default=None,
+        description="peak learning rate; none: one that suits the model; "
+        "auto: Step Law's, from its size and the run's tokens",
     )
     betas: Annotated[tuple[float, float], BeforeValidator(_split)] = Field(
         default=(0.9, 0.999), description="decay rates of the two moments"
@@ -179,18 +181,23 @@ class Placement(Section):
 class Schedule(Section):
     """The learning rate over the run, as a multiple of `optimizer.lr`."""
 
-    name: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        default="cosine", description="shape after warm-up; wsd: stable, then a linear decay"
+    name: Literal["constant", "linear", "cosine", "wsd", "power"] = Field(
+        default="cosine",
+        description="shape after warm-up; wsd: stable, then a linear decay; power: falls with the tokens",
     )
     warmup: float = Field(
         default=0.05, ge=0, description="warm-up in steps, or below 1 as a share of the run"
     )
-    floor: float = Field(
-        default=0.1, ge=0, le=1, description="the multiple that linear, cosine and wsd end at"
-    )
+    floor: float = Field(default=0.1, ge=0, le=1, description="the multiple that all but constant end at")
     decay: float = Field(
-        default=0.2, gt=0, description="wsd: length of the decay in steps, or below 1 as a share of the run"
+        default=0.2,
+        gt=0,
+        description="wsd, power: length of the decay in steps, or below 1 as a share of the run",
     )
+    amplitude: float = Field(
+        default=4.0, gt=0, description="power: the rate a sequence of the batch after one token"
+    )
+    exponent: float = Field(default=-0.51, lt=0, description="power: how the rate falls with the tokens")
 
 
 class Evaluation(Section):
@@ -315,6 +322,8 @@ def parse(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"])
+    # Below a field pydantic names items and the branches of a union, which nobody wrote.
+    name = next((field for field in fields() if name.startswith(f"{field}.")), name)
     if problem["type"] == "extra_forbidden":
         return f"there is no field {name!r}{did_you_mean(name, [*fields(), *Recipe.model_fields])}"
     message = problem["msg"].removeprefix("Value error, ")

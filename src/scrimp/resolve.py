@@ -19,13 +19,15 @@ from scrimp.base.ledger import Ledger
 from scrimp.base.units import format_bytes, parse_bytes
 from scrimp.build import Prepared, make_loader
 from scrimp.defaults import settle
+from scrimp.laws import steplaw_batch, steplaw_lr
 from scrimp.memory.machine import Machine, known
 from scrimp.memory.observer import fixed_bytes, free_bytes
 from scrimp.memory.planner import FIELDS, Candidate, Planner
 from scrimp.memory.predictor import Predictor, divisors
 from scrimp.memory.profiles import Profiles, Say
 from scrimp.memory.untraceable import Untraceable
-from scrimp.models import context_length
+from scrimp.methods import piece
+from scrimp.models import context_length, non_embedding
 from scrimp.recipe import Recipe, flat, replace
 from scrimp.schedules import in_steps
 from scrimp.shapes import SHAPES
@@ -56,12 +58,14 @@ class Resolved:
         ledger: The memory it was predicted to need.
         planner: What predicted it.
         why: Why the planner chose what it chose; None where it was not asked.
+        law: Where its learning rate comes from; None where it was not left to a law.
     """
 
     recipe: Recipe
     ledger: Ledger
     planner: Planner
     why: str | None = None
+    law: str | None = None
 
     def next_smaller(self, budget: int) -> Candidate | None:
         """Return what the planner would choose in a smaller budget; None where nothing fits."""
@@ -114,7 +118,7 @@ def resolve(prepared: Prepared, device: torch.device, *, fixed: int | None, say:
     )
     resolved = _planned(planner) if asked.memory and _is_open(asked) else _fitted(planner)
     profiles.save()
-    return resolved
+    return _with_law(prepared, resolved) if asked.optimizer.lr == "auto" else resolved
 
 
 def _machine(device: torch.device) -> Machine:
@@ -158,6 +162,22 @@ def _fitted(planner: Planner) -> Resolved:
             f"need {format_bytes(floor)}; raise --memory or choose a smaller model"
         )
     return Resolved(fitted, found, planner)
+
+
+def _with_law(prepared: Prepared, resolved: Resolved) -> Resolved:
+    """Take Step Law's learning rate, for the optimizer that was chosen, and say what it rests on."""
+    recipe = resolved.recipe
+    assert recipe.steps is not None and recipe.batch is not None and recipe.seq is not None
+    tokens = recipe.steps * recipe.batch * recipe.seq
+    trust = prepared.inputs.trust_remote_code
+    found = steplaw_lr(non_embedding(prepared.config, trust_remote_code=trust), tokens)
+    ratio = piece("optimizer", recipe.optimizer.name).lr_ratio
+    lr = float(f"{found.value * ratio:.3g}")
+    cap = ", the cap of schedule power" if recipe.schedule.name == "power" else ""
+    scaled = "" if ratio == 1 else f", {ratio:g} times AdamW's for {recipe.optimizer.name}"
+    rows = steplaw_batch(tokens).value / recipe.seq
+    law = f"lr {lr:g}{cap}{scaled}: {found.text}; the law's batch would be {rows:.3g} sequences"
+    return replaced(resolved, recipe=replace(recipe, {"optimizer.lr": lr}), law=law)
 
 
 def _resolve_length(prepared: Prepared, recipe: Recipe, default_steps: int | None) -> Recipe:

@@ -27,7 +27,7 @@ from scrimp.base.seeds import derive
 from scrimp.base.units import parse_bytes
 from scrimp.build import Job
 from scrimp.optim.clipping import clip_gradients
-from scrimp.schedules import multiplier
+from scrimp.schedules import learning_rate
 from scrimp.training import checkpoint
 from scrimp.training.budget import over_budget
 from scrimp.training.evaluate import evaluate, on_device
@@ -151,17 +151,7 @@ class Loop:
             torch.mps.manual_seed(seed)
 
     def _set_learning_rate(self, step: int) -> float:
-        recipe = self.job.recipe
-        assert recipe.optimizer.lr is not None and recipe.steps is not None
-        schedule = recipe.schedule
-        lr = recipe.optimizer.lr * multiplier(
-            schedule.name,
-            step,
-            steps=recipe.steps,
-            warmup=int(schedule.warmup),
-            floor=schedule.floor,
-            decay=int(schedule.decay),
-        )
+        lr = learning_rate(self.job.recipe, step)
         for group in self.job.optimizer.param_groups:
             group["lr"] = lr
         return lr
