@@ -23,7 +23,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 FILES = sorted((SOURCE / "scrimp").rglob("*.py"))
 
 CHOICES = frozenset({"weights", "tuning", "gradient", "optim", "activations", "placement"})
-RECIPE = frozenset({"methods", "shapes", "schedules", "recipe", "recipe_file"})
+RECIPE = frozenset({"methods", "reported", "shapes", "laws", "schedules", "recipe", "recipe_file"})
 MODEL = frozenset({"models", "defaults"})
 BASE = frozenset({"base"})
 PIECES = BASE | RECIPE | CHOICES | MODEL | {"data"}
@@ -33,8 +33,10 @@ PIECES = BASE | RECIPE | CHOICES | MODEL | {"data"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "base": frozenset(),
     "methods": BASE,
+    "reported": BASE,
     "shapes": BASE,
-    "schedules": BASE,
+    "laws": BASE,
+    "schedules": BASE | {"laws", "recipe"},
     "recipe": BASE | {"methods"},
     "recipe_file": BASE | RECIPE,
     **dict.fromkeys(CHOICES | {"data"}, BASE),
@@ -45,8 +47,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "resolve": PIECES | {"build", "memory"},
     "training": PIECES | {"build", "memory", "resolve"},
     "report": PIECES | {"build", "memory", "resolve", "training"},
+    "bench": PIECES | {"build", "memory", "resolve", "training", "report", "reported"},
     "api": PIECES | {"build", "memory", "resolve", "training", "report"},
-    "cli": PIECES | {"build", "memory", "resolve", "training", "report"},
+    "cli": PIECES | {"build", "memory", "resolve", "training", "report", "bench"},
     "__main__": frozenset({"cli"}),
 }
 

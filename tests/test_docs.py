@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.report.suite_document import suite_document
 from typer.main import get_command
 
 from scrimp.cli import app
@@ -49,6 +50,11 @@ def results() -> ModuleType:
     return _load("results_table")
 
 
+@pytest.fixture(scope="module")
+def suites() -> ModuleType:
+    return _load("results_page")
+
+
 def test_tables_in_the_docs_are_those_of_the_code(tables: ModuleType) -> None:
     pages = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
     found = [name for page in pages.values() for _, name, _, _ in tables.PLACE.findall(page)]
@@ -68,7 +74,9 @@ def test_benchmarks_page_is_what_the_results_say(results: ModuleType) -> None:
     page = results.PAGE.read_text(encoding="utf-8")
     assert len(results.PLACE.findall(page)) == 1
     assert results.page(page) == page, "run: python scripts/results_table.py"
-    assert {path.stem for path in results.RESULTS.glob("*.json")} <= set(results.TITLES)
+    suites = ("bench-", "gpu")  # these are the results page's
+    own = {path.stem for path in results.RESULTS.glob("*.json") if not path.stem.startswith(suites)}
+    assert own <= set(results.TITLES)
 
 
 def test_a_result_becomes_a_table_and_a_missing_one_says_so(results: ModuleType, tmp_path: Path) -> None:
@@ -90,6 +98,87 @@ def test_a_result_becomes_a_table_and_a_missing_one_says_so(results: ModuleType,
     assert "busy" in section
     assert "No result yet" in results.section("loop", tmp_path / "loop.json")
     assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in results.TITLES)
+
+
+def test_results_page_is_what_the_suites_documents_say(suites: ModuleType) -> None:
+    page = suites.PAGE.read_text(encoding="utf-8")
+    assert suites.page() == page, "run: python scripts/results_page.py"
+    assert page.count("\n## ") >= len(suites.SUITES)
+
+
+def test_pictures_of_the_results_are_drawn_from_the_committed_documents(suites: ModuleType) -> None:
+    from scrimp.report.suite_plots import fingerprint
+
+    wanted = set()
+    for name, document in suites.documents():
+        for path in suites.pictures(name, document):
+            assert fingerprint(document) in path.read_text(encoding="utf-8"), path.name
+            wanted.add(path.name)
+    there = {path.name for pattern in ("bench-*", "gpu*") for path in suites.ASSETS.glob(f"{pattern}.svg")}
+    assert there == wanted, "run: python scripts/results_page.py"
+
+
+def _bare_figures(reading: str) -> list[str]:
+    """Return the decimal figures that a reading types itself, those of a paper's number apart."""
+    return re.findall(r"\d+[.,]\d+", re.sub(r"\{[^{}]*\}|arXiv \d{4}\.\d{5}", "", reading))
+
+
+def test_a_reading_types_no_figure_and_belongs_to_a_document(suites: ModuleType) -> None:
+    assert _bare_figures("{a.loss|.3f} below 1.93 (arXiv 2403.03507)") == ["1.93"]
+    known = {name.removeprefix("bench-") for name, _ in suites.documents()}
+    for path in suites.READINGS.glob("*.md"):
+        assert _bare_figures(path.read_text(encoding="utf-8")) == [], path.name
+        assert path.stem in known, f"{path.name} is shown nowhere"
+
+
+def test_a_suite_becomes_a_section_with_its_reading(suites: ModuleType, tmp_path: Path) -> None:
+    document = suite_document() | {"busy": True}
+    (tmp_path / "bench-optimizers.json").write_text(json.dumps(document), encoding="utf-8")
+    gpu = {"results": {"pretrain": {"rows": [{"name": "pretrain", "document": suite_document(1)}]}}}
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu), encoding="utf-8")
+    (tmp_path / "optimizers.md").write_text("Fira ends at {fira.loss|.3f}.", encoding="utf-8")
+    page = suites.page(tmp_path, tmp_path)
+    fira = next(one for one in document["contestants"] if one["name"] == "fira")
+    assert f"Fira ends at {fira['loss']['median']:.3f}." in page
+    assert "| torchao:AdamW4bit (missing) | - |" in page
+    assert "34.88 +0.024 (0.24G)" in page  # GaLore's own figure at 60M, beside its distance from AdamW's
+    assert "](assets/bench-optimizers-memory-loss.svg)" in page
+    assert "](assets/gpu-pretrain-loss.svg)" in page
+    assert page.count(suites.BUSY) == 2
+    assert "Command: `scrimp bench optimizers --seeds 3`, 45 min 10 s" in page
+    assert page.count("No result yet") == len(suites.SUITES) - 1
+
+
+@pytest.mark.parametrize(
+    ("reading", "text"),
+    [
+        ("{job.tokens} tokens of {job.data}", "307,200 tokens of Python's standard library"),
+        ("{galore-torch.reported.60M} against {adamw.reported.60M}", "34.88 against 34.06"),
+        ("{galore-torch.reported.60M - adamw.reported.60M|+.2f}", "+0.82"),
+        ("{transformers:Adafactor.state_bytes / adamw.state_bytes|percent}", "1.25 %"),
+        ("{adamw.state_bytes|bytes}, {seconds|duration}", "6.43 MiB, 45 min 10 s"),
+    ],
+)
+def test_a_placeholder_is_filled_from_the_document(suites: ModuleType, reading: str, text: str) -> None:
+    assert suites.filled(reading, suite_document()) == text
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        "{nobody.loss}",
+        "{fira.los}",
+        "{torchao:AdamW4bit.loss}",  # not installed, so it has none
+        "{fira.loss.all}",
+        "{fira.loss - job.data}",
+        "{fira.loss - adamw.loss - lion-pytorch.loss}",
+        "{fira.loss|__class__}",
+        "{}",
+    ],
+)
+def test_a_placeholder_that_names_nothing_is_an_error(suites: ModuleType, reading: str) -> None:
+    with pytest.raises(ValueError, match=re.escape("{")):
+        suites.filled(reading, suite_document())
 
 
 def _shown_commands() -> Iterator[tuple[str, list[str]]]:

@@ -126,6 +126,7 @@ def test_a_run_leaves_what_others_rely_on(run: Path) -> None:
         "recipe.yaml",
         "metrics.jsonl",
         "memory.json",
+        "sample.txt",
         "checkpoints",
         "model",
     }

@@ -19,12 +19,12 @@ from scrimp.build import inspect
 from scrimp.data import byte_tokenizer
 from scrimp.recipe import parse
 from scrimp.report import lines as lines_module
-from scrimp.report import summary
 from scrimp.report.console import ConsoleReporter
 from scrimp.report.lines import LineReporter
 from scrimp.report.summary import memory_line
 from scrimp.training.reporter import Reporter, Tick
 from scrimp.training.run import Run, execute
+from scrimp.training.sample import kept_sample
 from scrimp.training.start import choose_start
 
 ESCAPE = "\x1b"
@@ -175,9 +175,27 @@ def test_a_budget_that_is_passed_is_told_once(
 def test_what_a_model_says_cannot_command_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scrimp.training.sample.sample", lambda *_, **__: f"a{ESCAPE}[2J\x07\r\n\tb\x9b")
     monkeypatch.setattr("scrimp.training.sample.text_prompt", lambda *_: [0])
-    job: Any = type("Job", (), {"model": None, "prepared": type("P", (), {"tokenizer": None})})
-    shown = summary.sample_text(job)
-    assert shown == "a\ufffd[2J\ufffd\ufffd\n\tb\ufffd"
+    model: Any = None
+    assert kept_sample(model, None) == "a\ufffd[2J\ufffd\ufffd\n\tb\ufffd"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_sample_is_made_once_and_what_is_shown_is_what_is_kept(
+    story: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    made: list[str] = []
+
+    def counted(*arguments: Any) -> str:
+        made.append(kept_sample(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("scrimp.training.run.kept_sample", counted)
+    console, stream = _console(force_terminal=terminal)
+    run = story(ConsoleReporter(console) if terminal else LineReporter(stream))
+    assert len(made) == 1
+    assert (run.out / "sample.txt").read_bytes().decode() == run.sample == made[0]
+    first = made[0].split("\n")[0][:20]  # a terminal folds what is longer
+    assert first and first in stream.getvalue()
 
 
 def test_a_reader_that_left_stops_no_run() -> None:

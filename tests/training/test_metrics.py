@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,23 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:-10])
     assert read_metrics(path) == [row]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 40, b"\xff", b"{", b"[1]", b"{}", b'{"kind": "train"}', b'{"kind": "tarin"}', b""]
+)
+def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write("train", LINE)
+    path.write_bytes(path.read_bytes() + damage + b"\n")
+    with pytest.raises(ScrimpError, match=rf"^{re.escape(str(path))}:2: this line is damaged"):
+        read_metrics(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ScrimpError, match=r"metrics\.jsonl: the metrics cannot be read \(No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_a_resumed_file_is_cut_back_and_goes_on(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scrimp import __version__
-from scrimp.cli import doctor, evaluate, generate, methods, plan, train, verify
+from scrimp.cli import bench, doctor, evaluate, generate, methods, plan, report, train, verify
 from scrimp.cli.guard import complain, guarded, set_debug
 
 app = typer.Typer(
@@ -21,9 +21,11 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "plan": plan.plan,
+    "bench": bench.bench,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "verify": verify.verify,
+    "report": report.report,
     "methods": methods.methods,
     "doctor": doctor.doctor,
 }

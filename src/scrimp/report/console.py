@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 
 from scrimp.base.units import format_bytes, format_duration
-from scrimp.report.summary import Lines, done_lines, next_commands, plan_lines, sample_text
+from scrimp.report.summary import Lines, done_lines, next_commands, plan_lines
 
 if TYPE_CHECKING:
     from scrimp.build import Job
@@ -88,7 +88,7 @@ class ConsoleReporter:
         self.close()
         self.table(done_lines(job, run))
         self._console.print(
-            Panel(escape(sample_text(job)), title="a sample", title_align="left", border_style="dim")
+            Panel(escape(run.sample), title="a sample", title_align="left", border_style="dim")
         )
         for command in next_commands(run):
             self._console.print(f"[dim]try[/dim]  {escape(command)}", highlight=False, soft_wrap=True)

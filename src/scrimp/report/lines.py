@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from scrimp.report.summary import done_lines, next_commands, plan_lines, sample_text
+from scrimp.report.summary import done_lines, next_commands, plan_lines
 
 if TYPE_CHECKING:
     from scrimp.build import Job
@@ -57,7 +57,7 @@ class LineReporter:
         self._training = False
         for label, text in done_lines(job, run):
             self.note(f"{label:>13}  {text}")
-        self.note(f"\n{sample_text(job)}\n")
+        self.note(f"\n{run.sample}\n")
         for command in next_commands(run):
             self.note(f"try: {command}")
 

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from scrimp.recipe import Recipe
     from scrimp.training.run import Run
 
-SAMPLE_TOKENS = 160
-SAMPLE_SEED = 1
-
 Lines = list[tuple[str, str]]
 
 
@@ -79,7 +76,7 @@ def memory_line(peak: Moment, budget: int) -> str:
 
 
 def done_lines(job: Job, run: Run) -> Lines:
-    """Return what a finished run came to, with a sample of its text."""
+    """Return what a finished run came to."""
     last, found = run.metrics, run.evaluation
     error = (last.predicted_bytes - last.peak_bytes) / last.peak_bytes
     moment = f" at {run.peak_moment!r}" if run.peak_moment else ""
@@ -108,17 +105,6 @@ def done_lines(job: Job, run: Run) -> Lines:
         lines.append(("skipped", f"{run.skipped} steps with a non-finite gradient"))
     lines.append(("model", str(run.model)))
     return lines
-
-
-def sample_text(job: Job) -> str:
-    """Return a short sample of the model, from the start of a document."""
-    from scrimp.training.sample import sample, text_prompt
-
-    tokenizer = job.prepared.tokenizer
-    start = text_prompt(tokenizer, "")
-    text = sample(job.model, tokenizer, start, tokens=SAMPLE_TOKENS, seed=SAMPLE_SEED)
-    # A model of bytes says control characters too, and a terminal would obey them.
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def next_commands(run: Run) -> list[str]:

@@ -3,9 +3,11 @@
 RUN/recipe.yaml      the resolved recipe and what it ran with
 RUN/metrics.jsonl    one line a step
 RUN/memory.json      what was predicted and what was measured, moment by moment
+RUN/sample.txt       a short text of the finished model's
 RUN/checkpoints/     see scrimp.training.checkpoint
 RUN/model/           the finished model, an ordinary Hugging Face folder
 RUN/tensorboard/     what a logger writes, where one was asked for
+RUN/report.html      what `scrimp report` writes, where it was asked for
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from scrimp.base.lock import run_lock
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"
 # In the order in which they go: as long as there is a recipe, the folder counts as a run.
-OURS = ("checkpoints", "model", "tensorboard", "wandb", "memory.json", "metrics.jsonl", RECIPE)
+OURS = (
+    "checkpoints",
+    "model",
+    "tensorboard",
+    "wandb",
+    "report.html",
+    "sample.txt",
+    "memory.json",
+    "metrics.jsonl",
+    RECIPE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,16 @@ class RunFolder:
     def memory(self) -> Path:
         """The predicted and the measured ledger."""
         return self.path / "memory.json"
+
+    @property
+    def sample(self) -> Path:
+        """A short text of the finished model's."""
+        return self.path / "sample.txt"
+
+    @property
+    def report(self) -> Path:
+        """The page that `scrimp report` writes."""
+        return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:

@@ -11,13 +11,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from scrimp.base import files, platform
+from scrimp.base.errors import ScrimpError
 
 Kind = Literal["train", "eval", "checkpoint", "end"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,9 @@ class Metrics:
     tokens_per_s: float
     peak_bytes: int
     predicted_bytes: int
+
+
+NUMBERS = frozenset(entry.name for entry in fields(Metrics))
 
 
 class MetricsFile:
@@ -87,6 +92,31 @@ def as_json(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file; a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """Read a metrics file; a last line that a kill cut short is left out.
+
+    Raises:
+        ScrimpError: The file is missing or cannot be read, or a line is not what a run writes.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ScrimpError(f"{path}: the metrics cannot be read ({error.strerror})") from None
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    """Read a line.
+
+    Raises:
+        ScrimpError: It is damaged.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError:  # neither JSON nor UTF-8
+        row = None
+    if not isinstance(row, dict) or row.get("kind") not in KINDS or not row.keys() >= NUMBERS:
+        raise ScrimpError(
+            f"{where}: this line is damaged: it is no line that a run writes; "
+            "bring the file back, or delete the line"
+        )
+    return row

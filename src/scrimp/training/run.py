@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from scrimp.training.metrics import Metrics, MetricsFile, read_metrics
 from scrimp.training.optimizer_state import load_optimizer
 from scrimp.training.progress import Progress
 from scrimp.training.reporter import Reporter
+from scrimp.training.sample import kept_sample
 from scrimp.training.start import Start
 from scrimp.training.stopping import Stopper
 from scrimp.training.watch import Watch
@@ -53,6 +54,7 @@ class Run:
         metrics: The numbers of the last step.
         evaluation: The last evaluation; None where nothing was held out.
         skipped: Steps left out for a non-finite gradient.
+        sample: A short text of the model's; empty where a run that was finished before kept none.
         peak_moment: The moment of the run that held the most; empty where this call trained nothing.
     """
 
@@ -62,6 +64,7 @@ class Run:
     metrics: Metrics
     evaluation: Evaluation | None
     skipped: int
+    sample: str = field(default="", repr=False)
     peak_moment: str = field(default="", compare=False)
 
 
@@ -114,6 +117,7 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
                 reporter.plan(job)
                 with trimming(job.model, heap):
                     run = _train(job, folder, point, meter, reporter, stopper)
+            run = replace(run, sample=_keep_sample(job, folder, reporter))
             reporter.done(job, run)
             return run
 
@@ -135,6 +139,8 @@ def plan(
     recipe = resolved.recipe
     if resolved.why is not None:
         reporter.note(f"planned for {recipe.memory}: {resolved.why}")
+    if resolved.law is not None:
+        reporter.note(resolved.law)
     loader = make_loader(prepared, recipe)  # refuses data shorter than one sequence
     if loader.lost_tokens:
         share = loader.lost_tokens / len(prepared.corpus.train.tokens)
@@ -177,6 +183,7 @@ def _finished(folder: RunFolder) -> Run | None:
         if evaluated
         else None,
         skipped=end["skipped"],
+        sample=folder.sample.read_text(encoding="utf-8") if folder.sample.is_file() else "",
     )
 
 
@@ -281,6 +288,14 @@ def _write_ledgers(job: Job, watch: Watch, folder: RunFolder) -> None:
     if watch.ledger is not None:
         found = {"predicted": job.ledger.to_plain(), "measured": watch.ledger.to_plain()}
         files.write_atomic(folder.memory, json.dumps(found, indent=1) + "\n")
+
+
+def _keep_sample(job: Job, folder: RunFolder, reporter: Reporter) -> str:
+    """Let the model write a little when all else of the run is safe, and keep it."""
+    reporter.phase("making a sample", None)
+    text = kept_sample(job.model, job.prepared.tokenizer)
+    files.write_atomic(folder.sample, text)
+    return text
 
 
 def _export(job: Job, folder: RunFolder) -> None:

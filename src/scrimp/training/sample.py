@@ -14,6 +14,9 @@ from scrimp.data import separator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+KEPT_TOKENS = 160
+KEPT_SEED = 1
+
 
 def sample(
     model: PreTrainedModel,
@@ -67,6 +70,19 @@ def sample(
         )
     model.train(was_training)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def kept_sample(model: PreTrainedModel, tokenizer: Any) -> str:
+    """Return the sample that a run shows at its end and keeps: the start of a document, by the same draws.
+
+    A model of bytes says control characters too, and a terminal would obey them: they are replaced.
+
+    Args:
+        model: The finished model; it is left as it was.
+        tokenizer: Its tokenizer.
+    """
+    text = sample(model, tokenizer, text_prompt(tokenizer, ""), tokens=KEPT_TOKENS, seed=KEPT_SEED)
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def text_prompt(tokenizer: Any, text: str) -> list[int]:

@@ -1,0 +1,193 @@
+"""A process of the bench: one contestant on one job, alone, so that its memory is its own.
+
+    python -m scrimp.bench.worker FOLDER      reads task.json, writes result.json
+
+Every contestant has the same rows in the same order, the same initial weights, schedule, clipping and
+evaluation. A peer that is an optimizer takes our optimizer's place in our loop; one that brings a loop of its
+own (transformers' Trainer) is handed the same job. Checkpoints are left out: a run that is cut short is done
+again, and its losses are the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scrimp.base.errors import ScrimpError
+from scrimp.base.platform import passive_openmp
+from scrimp.bench import peers
+from scrimp.bench.protocol import thinned
+from scrimp.bench.tasks import Place, Task
+from scrimp.build import Inputs, inspect
+from scrimp.recipe import flat, nest, parse
+from scrimp.report.lines import LineReporter
+from scrimp.training.metrics import MetricsFile, read_metrics
+
+if TYPE_CHECKING:
+    from scrimp.build import Job
+    from scrimp.training.reporter import Tick
+
+
+class EnoughError(Exception):
+    """The last turn was taken."""
+
+
+class TakingTurns(LineReporter):
+    """Holds the loop back after every turn until the next one is asked for.
+
+    A line with a number on standard input asks for so many steps; the answer is one line of JSON with the
+    seconds and the tokens they took. The end of the input ends the run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self._job = job
+        self._left = 0
+        self._asked = 0
+        self._began = 0.0
+
+    def wait(self) -> None:
+        """Wait for the next turn.
+
+        Raises:
+            EnoughError: There is none.
+        """
+        line = sys.stdin.readline()
+        if not line.strip():
+            raise EnoughError
+        self._asked = self._left = int(line)
+        self._began = time.perf_counter()
+
+    def step_done(self) -> None:
+        """Count a step, and answer after the turn's last one."""
+        self._left -= 1
+        if self._left:
+            return
+        self._synchronize()
+        seconds = time.perf_counter() - self._began
+        recipe = self._job.recipe
+        assert recipe.batch is not None and recipe.seq is not None
+        tokens = self._asked * recipe.batch * recipe.seq
+        print(json.dumps({"steps": self._asked, "seconds": seconds, "tokens": tokens}), flush=True)
+        self.wait()
+
+    def tick(self, tick: Tick) -> None:
+        """Take a step of our own loop for one of the turn."""
+        self.step_done()
+
+    def _synchronize(self) -> None:
+        if self._job.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._job.device)
+
+
+def main(folder: Path) -> None:
+    """Do a task."""
+    place, task = Place(folder), Task.read(folder)
+    if task.mode != "turns":  # those listen themselves
+        threading.Thread(target=_end_with_the_suite, daemon=True).start()
+    with passive_openmp():
+        import torch  # noqa: F401
+    try:
+        {"describe": describe, "train": train, "turns": take_turns}[task.mode](task, place)
+    except ScrimpError as error:
+        place.write_result({"status": "failed", "why": str(error)})
+
+
+def _end_with_the_suite() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def describe(task: Task, place: Place) -> None:
+    """Say what the job is: its sizes, its text, and what a search for a rate needs to know."""
+    from scrimp import models
+    from scrimp.training.run import plan
+
+    prepared, device, resolved = plan(_inspect(task), LineReporter())
+    config, report = prepared.config, prepared.corpus.report
+    place.write_result(
+        {
+            "status": "done",
+            "recipe": flat(resolved.recipe),
+            "non_embedding": models.non_embedding(config, trust_remote_code=task.trust_remote_code),
+            "data": report.description,
+            "documents": report.documents,
+            "data_tokens": report.tokens,
+            "fingerprint": prepared.corpus.fingerprint,
+            "device": device.type,
+        }
+    )
+
+
+def train(task: Task, place: Place) -> None:
+    """Train to the end, and write down what was reached and what it took."""
+    began = time.monotonic()
+    with _bout(task) as bout, MetricsFile(place.metrics) as metrics:
+        diverged = ""
+        try:
+            bout.run(metrics, LineReporter())
+        except ScrimpError as error:
+            if bout.loss_is_finite:
+                raise
+            diverged = str(error)
+        found = {
+            "status": "diverged" if diverged else "done",
+            "why": diverged,
+            "seconds": round(time.monotonic() - began, 2),
+            **bout.found(),
+        }
+    place.write_result({**found, **learned(read_metrics(place.metrics), diverged=bool(diverged))})
+
+
+def learned(rows: list[dict[str, Any]], *, diverged: bool) -> dict[str, Any]:
+    """Return the curves of a run and what it ended at, from its metrics."""
+    steps = [row for row in rows if row["kind"] == "train"]
+    held_out = [row for row in rows if row["kind"] == "eval"]
+    tokens, losses = thinned([row["tokens"] for row in steps], [row["loss"] for row in steps])
+    end = held_out[-1] if held_out and not diverged else {}
+    return {
+        "loss": end.get("eval_loss"),
+        "bits_per_byte": end.get("bits_per_byte"),
+        "evaluation_tokens": end.get("eval_tokens"),
+        "curve": {
+            "tokens": tokens,
+            "train": losses,
+            "eval_tokens": [row["tokens"] for row in held_out],
+            "eval": [row["eval_loss"] for row in held_out],
+        },
+    }
+
+
+def take_turns(task: Task, _: Place) -> None:
+    """Do steps whenever they are asked for."""
+    with _bout(task) as bout, suppress(EnoughError):
+        turns = TakingTurns(bout.job)
+        print(json.dumps({"settings": bout.settings}), flush=True)
+        turns.wait()
+        bout.run(None, turns)
+
+
+def _inspect(task: Task) -> Inputs:
+    recipe = parse(nest(task.recipe), where=task.contestant)
+    cache = None if task.cache is None else Path(task.cache)
+    return inspect(recipe, cache=cache, trust_remote_code=task.trust_remote_code)
+
+
+def _bout(task: Task) -> Any:
+    """Return a context with the contestant's job, ready to run."""
+    from scrimp.bench.bout import bout
+
+    peer = None if task.peer is None else peers.peer(task.peer)
+    return bout(_inspect(task), peer, LineReporter())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
