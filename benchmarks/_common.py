@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,20 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
+from scrimp.bench.machine import LoadWatch, clean_env, environment, settle
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("scrimp", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-OPENMP_SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-BUSY_LOAD_PER_CORE = 0.5
-BUSY_OTHERS_SHARE = 0.05  # of all cores' time, by processes that are not ours
 POLL_S = 0.002
-
-CORES = psutil.cpu_count() or 1
 
 
 @dataclass(slots=True)
@@ -47,17 +39,12 @@ class Benchmark:
     name: str
     arguments: argparse.Namespace
     targets: list[dict[str, Any]] = field(default_factory=list)
-    _load_before: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    _cpu_before: tuple[float, float] = (0.0, 0.0)
-    _began: float = 0.0
+    _load: LoadWatch = field(default_factory=LoadWatch)
 
     def begin(self) -> None:
         """Wait for the load to settle, as long as `--settle` allows, and note it."""
-        until = time.monotonic() + self.arguments.settle
-        while os.getloadavg()[0] / CORES > BUSY_LOAD_PER_CORE and time.monotonic() < until:
-            time.sleep(1)
-        self._load_before, self._cpu_before = os.getloadavg(), _cpu_seconds()
-        self._began = time.monotonic()
+        settle(self.arguments.settle)
+        self._load = LoadWatch()
 
     def expect(
         self, what: str, value: float, *, at_least: float | None = None, below: float | None = None
@@ -71,22 +58,14 @@ class Benchmark:
 
     def write(self, results: dict[str, Any]) -> None:
         """Write the results, with the machine and the load, as JSON."""
-        seconds = time.monotonic() - self._began
-        machine, own = (
-            after - before for after, before in zip(_cpu_seconds(), self._cpu_before, strict=True)
-        )
-        others = max(0.0, machine - own) / (seconds * CORES)
-        busy = self._load_before[0] / CORES > BUSY_LOAD_PER_CORE or others > BUSY_OTHERS_SHARE
+        seconds = self._load.seconds
+        load, busy = self._load.end()
         document = {
             "benchmark": self.name,
             "command": command_line(),
             "busy": busy,
             "environment": environment(),
-            "load": {
-                "before": self._load_before,
-                "after": os.getloadavg(),
-                "others_share_of_cpu": round(others, 3),
-            },
+            "load": load,
             "seconds": round(seconds, 1),
             "targets": self.targets,
             "results": results,
@@ -114,48 +93,10 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def environment() -> dict[str, Any]:
-    """Return what the numbers depend on besides the code."""
-    return {
-        "device": "cpu",
-        "cpu": cpu_model(),
-        "cores": CORES,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {"python": platform.python_version(), **dict(filter(None, map(_version, PACKAGES)))},
-        "openmp": {name: os.environ[name] for name in OPENMP_SETTINGS if name in os.environ},
-    }
-
-
-def _version(package: str) -> tuple[str, str] | None:
-    try:
-        return package, version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def command_line() -> list[str]:
     """Return the command that was given, without the folders of this machine."""
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     return ["python", *(Path(word).name if Path(word).is_absolute() else word for word in words)]
-
-
-def _cpu_seconds() -> tuple[float, float]:
-    """Return the CPU seconds of the machine and of this process with its finished children."""
-    busy, own = psutil.cpu_times(), os.times()
-    return (
-        busy.user + busy.system + busy.nice,
-        own.user + own.system + own.children_user + own.children_system,
-    )
 
 
 def run(command: Sequence[str | Path], *, env: dict[str, str] | None = None) -> str:
@@ -175,11 +116,6 @@ def run_json(command: Sequence[str | Path], *, env: dict[str, str] | None = None
     """Run a process and read its last line of output as JSON."""
     result: dict[str, Any] = json.loads(run(command, env=env).splitlines()[-1])
     return result
-
-
-def clean_env(added: dict[str, str] | None = None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in OPENMP_SETTINGS}
-    return {**kept, **(added or {})}
 
 
 def scrimp_command(*words: str | Path) -> list[str]:

@@ -132,10 +132,11 @@ def test_a_process_that_takes_too_long_is_ended_with_what_it_started(
 ) -> None:
     tasks = load("_tasks")
     monkeypatch.setattr(tasks, "LEAST_S", 0.0)
-    mark, document = tmp_path / "mark", tmp_path / "bench.json"
+    mark, document = tmp_path / "mark", tmp_path / "suite" / "bench.json"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
     code = (
-        f"import subprocess, sys, time, pathlib; pathlib.Path({str(document)!r}).write_text('[1]');"
+        "import subprocess, sys, time, pathlib; pathlib.Path('suite').mkdir();"
+        "pathlib.Path('suite/bench.json').write_text('[1]');"
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
     row = tasks.perform(process(load, code, document=document), 1.0)

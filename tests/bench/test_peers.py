@@ -18,10 +18,10 @@ from torch import nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.bench.peers import PEERS, install_line, installed_version, peer
-from scrimp.bench.state_bytes import state_bytes
 from scrimp.bench.trainer import run_trainer
 from scrimp.build import Job, build, inspect
 from scrimp.memory.observer import PeakMeter
+from scrimp.memory.state_bytes import state_bytes
 from scrimp.recipe import Recipe, nest, parse, replace
 from scrimp.report.lines import LineReporter
 from scrimp.training.loop import Loop

@@ -9,6 +9,7 @@ matrices only. GaLore and its relatives are in `projections`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,17 @@ def load(module: str, peer: str) -> ModuleType:
         MissingExtraError: It is not installed.
     """
     return extras.load(module, extra="oracles", purpose=f"peer {peer}")
+
+
+def width(job: Job) -> int:
+    """Return the width of a model's residual stream."""
+    return int(job.model.config.get_text_config().hidden_size)
+
+
+def refresh_every(job: Job) -> int:
+    """Return the steps between two refreshes of a projection: the papers' 200, or ten refreshes a run."""
+    assert job.recipe.steps is not None
+    return min(200, math.ceil(job.recipe.steps / 10))
 
 
 def rate(job: Job) -> float:

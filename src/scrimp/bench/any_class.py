@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from scrimp.base.errors import ScrimpError
-from scrimp.bench.adapters import Groups, Settings, groups, inner_matrices, load, plain_groups, rate
+from scrimp.bench.adapters import (
+    Groups,
+    Settings,
+    groups,
+    inner_matrices,
+    load,
+    plain_groups,
+    rate,
+    refresh_every,
+    width,
+)
 from scrimp.build import Job
 
 # What they need that the loop does not give.
@@ -36,11 +46,10 @@ UNFIT = {
     "ScheduleFreeSGD": "other weights for evaluation",
 }
 # The settings of the three papers' 60M scripts, in pytorch-optimizer's words.
-_SCRIPTS = {"update_proj_gap": 200, "projection_type": "std"}
 PROJECTED: dict[str, dict[str, Any]] = {
-    "APOLLO": {**_SCRIPTS, "scale": 1.0},
-    "Fira": {**_SCRIPTS, "scale": 0.25},
-    "GaLore": {**_SCRIPTS, "scale": 0.25},
+    "APOLLO": {"projection_type": "std", "scale": 1.0},
+    "Fira": {"projection_type": "std", "scale": 0.25},
+    "GaLore": {"projection_type": "std", "scale": 0.25},
 }
 ORTHOGONAL = ("AdaGO", "AdaMuon", "Muon", "MuonClip", "NorMuon")
 # They find the rate themselves: what they are given is a multiple of it, meant to be 1 at its peak.
@@ -74,8 +83,8 @@ def _groups(job: Job, package: str, title: str) -> tuple[Groups, dict[str, Any]]
     """Return the groups of parameters as a class wants them, and the settings in them."""
     if package == "torch" or title not in (*PROJECTED, *ORTHOGONAL):
         return plain_groups(job), {}
-    width = job.model.config.get_text_config().hidden_size
-    used = {"use_muon": True} if title in ORTHOGONAL else {"rank": width // 4, **PROJECTED[title]}
+    projected = {"rank": width(job) // 4, "update_proj_gap": refresh_every(job), **PROJECTED.get(title, {})}
+    used = {"use_muon": True} if title in ORTHOGONAL else projected
     inner = {"params": list(inner_matrices(job).values()), **used}
     made = groups(job.trained.values(), decay=job.recipe.optimizer.weight_decay, inner=inner)
     return [{"use_muon": False, **group} for group in made] if title in ORTHOGONAL else made, used

@@ -211,7 +211,8 @@ class Bench:
     def _take_turns(self, entry: Entry) -> None:
         """Measure a contestant's speed beside the reference's."""
         suite, pairs = self.ask.suite, self.ask.pairs
-        steps = (pairs + 1) * suite.turn_steps + 1
+        # As long as a learning run, where settings of a peer depend on that.
+        steps = max(self.job["recipe"]["steps"], (pairs + 1) * suite.turn_steps + 1)
         recipe = self._recipe(steps=steps, optimizer__lr=self.centre, evaluation__every=steps)
         task = self._task("turns", entry.contestant, recipe)
         place, found = self.pool.place(task), self.pool.cached(task)

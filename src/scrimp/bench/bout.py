@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scrimp.bench.peers import Peer
-from scrimp.bench.state_bytes import state_bytes
 from scrimp.build import Inputs, Job, build
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.observer import PeakMeter
+from scrimp.memory.state_bytes import state_bytes
 from scrimp.report.lines import LineReporter
+from scrimp.schedules import learning_rate
 from scrimp.training.environment import process_state
 from scrimp.training.evaluate import evaluate
 from scrimp.training.loop import Loop
@@ -140,7 +141,7 @@ class _PeerLoop:
             step=step,
             tokens=progress.tokens,
             loss=loss,
-            lr=job.optimizer.param_groups[0]["lr"],
+            lr=learning_rate(job.recipe, step - 1),
             grad_norm=0.0,  # the loop keeps it to itself
             tokens_per_s=targets / seconds,
             peak_bytes=self.bout.meter.read(),

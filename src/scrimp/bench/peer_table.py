@@ -59,11 +59,13 @@ def _projection(function: str) -> str:
     return f"scrimp.bench.projections:{function}"
 
 
-# The 60M scripts of all three papers: a rank of a quarter of the width, and 200 steps between refreshes.
-_GALORE = {"rank": "width/4", "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+# The 60M scripts of all three papers: a rank of a quarter of the width, and 200 steps between refreshes. A
+# run of some hundred steps would never leave its first subspace, that of noise, so it has ten refreshes.
+_GAP = "min(200, steps/10)"
+_GALORE = {"rank": "width/4", "update_proj_gap": _GAP, "scale": 0.25, "proj_type": "std"}
 _APOLLO = {
     "rank": "width/4",
-    "update_proj_gap": 200,
+    "update_proj_gap": _GAP,
     "scale": 1.0,
     "proj": "random",
     "scale_type": "channel",
@@ -223,7 +225,7 @@ PEERS: tuple[Peer, ...] = (
         title="FiraAdamW",
         adapt=_projection("fira"),
         lr_ratio=PROJECTED_LR,
-        settings={"rank": "width/4", "update_proj_gap": 200, "alpha": 0.25, "proj_type": "std"},
+        settings={"rank": "width/4", "update_proj_gap": _GAP, "alpha": 0.25, "proj_type": "std"},
         suites=EVERYWHERE,
         paper="fira",
         summary="GaLore plus the residual outside the subspace, scaled and limited",

@@ -1,8 +1,8 @@
 """Peers that do more than replace an optimizer's arithmetic: projections, blocks, fused updates, adapters.
 
 GaLore, Q-GaLore, Fira and APOLLO take a group with a `rank` for the matrices of attention and MLP, and treat
-the rest with their own plain AdamW at the same rate. Their schedule of refreshes (200 steps) and scale are
-those of the papers' 60M scripts, as is a rank of a quarter of the width.
+the rest with their own plain AdamW at the same rate. Their scale is that of the papers' 60M scripts, as are
+a rank of a quarter of the width and, in a run long enough, 200 steps between refreshes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from scrimp.bench.adapters import (
     load,
     plain_groups,
     rate,
+    refresh_every,
+    width,
 )
 from scrimp.build import Job, make_optimizer
 
 
 def _projected(job: Job, settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the groups, the last one projected, and the settings with the rank as a number."""
-    width = job.model.config.get_text_config().hidden_size
-    used = {**settings, "rank": width // 4 if settings["rank"] == "width/4" else settings["rank"]}
+    """Return the groups, the last one projected, and the settings as numbers."""
+    rank = width(job) // 4 if settings["rank"] == "width/4" else settings["rank"]
+    used = {**settings, "rank": rank, "update_proj_gap": refresh_every(job)}
     inner = {"params": list(inner_matrices(job).values()), **used}
     decay = job.recipe.optimizer.weight_decay
     return groups(job.trained.values(), decay=decay, inner=inner), used

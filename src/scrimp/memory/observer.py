@@ -21,6 +21,7 @@ from scrimp.base import platform
 from scrimp.base.ledger import Ledger, Moment, Term
 from scrimp.memory.fake import tensors_of
 from scrimp.memory.machine import CUDA_CONTEXT
+from scrimp.memory.state_bytes import state_tensors
 from scrimp.memory.trace import (
     ACTIVATIONS,
     CUDA_GRANULARITY,
@@ -191,10 +192,7 @@ class Observer:
         self._tracker = None
 
     def _state(self) -> list[Tensor]:
-        if self.optimizer is None:
-            return []
-        values = (value for state in self.optimizer.state.values() for value in state.values())
-        return [value for value in values if isinstance(value, Tensor)]
+        return [] if self.optimizer is None else state_tensors(self.optimizer)
 
     def _add(self, record: Record, state_before: int) -> None:
         """Account for the spans of what was just watched."""

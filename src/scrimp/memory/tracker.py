@@ -89,6 +89,11 @@ class Tracker(TorchDispatchMode):
         threads: How many threads run a CPU's kernels; None is as many as torch now has.
     """
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile trace a function, such as an optimizer's step, while this is on."""
+        return True
+
     def __init__(
         self,
         existing: Iterable[Tensor] = (),

@@ -37,6 +37,7 @@ SCRIPTS = (
     "chart.js",
     "bars.js",
     "table.js",
+    "losses.js",
     "suite.js",
     "runs.js",
     "report.js",

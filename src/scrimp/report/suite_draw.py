@@ -9,7 +9,9 @@ A loss far above the others, as of a run that diverged, is drawn at the upper ed
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from scrimp.base import extras
@@ -70,28 +72,26 @@ def draw_loss(figure: Any, document: Document, shown: Sequence[Contestant]) -> N
 def _limits(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
     """Return an axis's limits for some losses that end somewhere, which one that diverged cannot stretch."""
     low = min(values)
-    usual = sorted(ends)[len(ends) // 2]
-    high = max(value for value in values if value <= max(usual + 3 * (usual - low), low))
+    usual = sorted(ends)[3 * len(ends) // 4]  # three in four end no higher
+    high = max(value for value in values if value <= max(usual + 2 * (usual - low), low))
     room = 0.06 * (high - low) or 0.01
     return low - room, high + room
 
 
-def _over_seeds(
-    curves: Sequence[Mapping[str, Any]],
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Return tokens and the lowest, middle and highest held-out loss of the seeds that got so far."""
-    at: dict[float, list[float]] = {}
-    for curve in curves:
-        for tokens, loss in zip(curve["eval_tokens"], curve["eval"], strict=True):
-            if loss is not None:
-                at.setdefault(tokens, []).append(loss)
-    ordered = [(tokens, sorted(losses)) for tokens, losses in sorted(at.items())]
-    return (
-        [tokens for tokens, _ in ordered],
-        [losses[0] for _, losses in ordered],
-        [losses[len(losses) // 2] for _, losses in ordered],
-        [losses[-1] for _, losses in ordered],
-    )
+def _over_seeds(curves: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, ...], ...]:
+    """Return tokens and the lowest, middle and highest held-out loss of the seeds that got so far.
+
+    Seeds are matched by the evaluation, since the tokens before it differ by a few between them.
+    """
+    every = zip_longest(*(zip(curve["eval_tokens"], curve["eval"], strict=True) for curve in curves))
+    found = []
+    for points in every:
+        there = [point for point in points if point is not None and point[1] is not None]
+        if there:
+            losses = [loss for _, loss in there]
+            tokens = statistics.median(tokens for tokens, _ in there)
+            found.append((tokens, min(losses), statistics.median(losses), max(losses)))
+    return tuple(zip(*found, strict=True))
 
 
 def _mark_target(axes: Any, document: Document) -> None:
@@ -123,17 +123,27 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Look]]) -> No
             annotation_clip=False,
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0, **look},
+            arrowprops={
+                "arrowstyle": "-",
+                "linewidth": 1.4,
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "shrinkB": 0,
+                **look,
+            },
         )
 
 
 def draw_memory_loss(figure: Any, document: Document, shown: Sequence[Contestant]) -> None:
     """Draw the final loss against the peak of memory, with the front of those nobody beats in both."""
-    field = max(("tensor_bytes", "peak_bytes"), key=lambda name: sum(one[name] is not None for one in shown))
+    # The process holds much that is no contestant's doing, but a few cannot be looked into.
+    known = sum(one["tensor_bytes"] is not None for one in shown)
+    field = "tensor_bytes" if 3 * known >= 2 * len(shown) else "peak_bytes"
+    unknown = [one["name"] for one in shown if one[field] is None]
     shown = [one for one in shown if one[field] is not None]
     unit, looks, axes = byte_unit(one[field] for one in shown), _look(document), figure.subplots()
     points = [(in_unit(one[field], unit), median(one, "loss", math.nan)) for one in shown]
-    edges = [one["loss"][edge] for one in shown for edge in ("lowest", "highest")]
+    edges = [one["loss"][edge] for one in shown for edge in ("lowest", "median", "highest")]
     limits = _limits(edges, [y for _, y in points])
     best = front(points)
     corners = (*best, (max(x for x, _ in points), best[-1][1]))
@@ -147,7 +157,10 @@ def draw_memory_loss(figure: Any, document: Document, shown: Sequence[Contestant
     axes.margins(x=0.14)
     axes.set_ylim(limits)
     what = "all tensors" if field == "tensor_bytes" else "the whole process"
-    axes.set(xlabel=f"peak memory of {what}, {unit}", ylabel="held-out loss at the end, nats a token")
+    without = f"; not known of {', '.join(unknown)}" if unknown else ""
+    axes.set(
+        xlabel=f"peak memory of {what}, {unit}{without}", ylabel="held-out loss at the end, nats a token"
+    )
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     _title(figure, document, "loss against peak memory; filled: nobody is lower in both (Pareto front)")
@@ -242,7 +255,7 @@ def draw_memory(figure: Any, document: Document, shown: Sequence[Contestant]) ->
     axes.set_xlim(0, 1.25 * max(left))
     when = f"the peak ({moments.pop()})" if len(moments) == 1 else "the peak"
     axes.set_xlabel(f"{unit} at {when}, measured; fixed is what the process holds before")
-    figure.legend(loc="outside lower left", ncols=len(TERMS), frameon=False, fontsize=8)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(TERMS), frameon=False, fontsize=8)
     _title(figure, document, "memory at the peak by term")
 
 

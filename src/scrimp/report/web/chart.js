@@ -7,8 +7,9 @@
 //   layer  {key, name, style, kind, points: [{x, y, low, high, tip, text, chosen, lost}], faint, bold, rule}
 //   kind   "line", "points", "both", "front" (steps), "rule" (a level across)
 
-const COLOURS = 6, MARKERS = 6;
-let serial = 0;  // makes names of groups and clips unique
+const COLOURS = 6,
+  MARKERS = 6;
+let serial = 0; // makes names of groups and clips unique
 
 /** Classes of a series: six colours, then the same dashed and hollow, then dotted. */
 const styleOf = (index) => `c${index % COLOURS} d${Math.floor(index / COLOURS) % 3}`;
@@ -19,7 +20,8 @@ const SHAPES = [
   (r) => `M0 ${-1.3 * r}L${1.2 * r} ${0.9 * r}H${-1.2 * r}z`,
   (r) => `M0 ${-1.4 * r}L${1.4 * r} 0L0 ${1.4 * r}L${-1.4 * r} 0z`,
   (r) => `M0 ${1.3 * r}L${1.2 * r} ${-0.9 * r}H${-1.2 * r}z`,
-  (r) => `M${-1.3 * r} ${-0.5 * r}H${-0.5 * r}V${-1.3 * r}H${0.5 * r}V${-0.5 * r}H${1.3 * r}V${0.5 * r}H${0.5 * r}V${1.3 * r}H${-0.5 * r}V${0.5 * r}H${-1.3 * r}z`,
+  (r) =>
+    `M${-1.3 * r} ${-0.5 * r}H${-0.5 * r}V${-1.3 * r}H${0.5 * r}V${-0.5 * r}H${1.3 * r}V${0.5 * r}H${0.5 * r}V${1.3 * r}H${-0.5 * r}V${0.5 * r}H${-1.3 * r}z`,
 ];
 
 const marker = (index, x, y, radius = 4.5, extra = "") =>
@@ -30,8 +32,12 @@ const marker = (index, x, y, radius = 4.5, extra = "") =>
   });
 
 const swatch = (index) =>
-  s("svg", { class: "swatch", width: 30, height: 14, "aria-hidden": "true", focusable: "false" },
-    s("path", { class: `line ${styleOf(index)}`, d: "M1 7H29" }), marker(index, 15, 7, 4));
+  s(
+    "svg",
+    { class: "swatch", width: 30, height: 14, "aria-hidden": "true", focusable: "false" },
+    s("path", { class: `line ${styleOf(index)}`, d: "M1 7H29" }),
+    marker(index, 15, 7, 4),
+  );
 
 /** Draw `describe(width)` into `box`, and again when its width changes. Returns the function that redraws. */
 function drawn(box, draw) {
@@ -54,8 +60,15 @@ function drawn(box, draw) {
 }
 
 const canvas = (label, width, height) =>
-  s("svg", { class: "plot", role: "application", "aria-roledescription": "chart", tabindex: 0, width, height,
-    "aria-label": `${label}. Arrow keys go from value to value.` });
+  s("svg", {
+    class: "plot",
+    role: "application",
+    "aria-roledescription": "chart",
+    tabindex: 0,
+    width,
+    height,
+    "aria-label": `${label}. Arrow keys go from value to value.`,
+  });
 
 function empty(text) {
   return h("p", { class: "quiet" }, text);
@@ -64,24 +77,54 @@ function empty(text) {
 /** Draw a chart of two axes. */
 function xyChart(spec, width) {
   const points = spec.layers.flatMap((layer) => layer.points);
-  const xs = domainOf(points.map((point) => point.x), { ...spec.x, room: spec.x.room ?? 0.02 });
+  const xs = domainOf(
+    points.map((point) => point.x),
+    { ...spec.x, room: spec.x.room ?? 0.02 },
+  );
   const { ceiling = Infinity } = spec.y;
-  const ys = domainOf(points.flatMap((point) => [point.y, point.low, point.high]).filter((value) => value <= ceiling), { ...spec.y, room: spec.y.room ?? 0.06 });
+  const ys = domainOf(
+    points.flatMap((point) => [point.y, point.low, point.high]).filter((value) => value <= ceiling),
+    { ...spec.y, room: spec.y.room ?? 0.06 },
+  );
   if (!xs || !ys) return empty(spec.empty ?? "Nothing of what is picked was measured.");
   const height = spec.height ?? 320;
-  const yTicks = scale({ domain: ys, range: [0, 1], most: Math.floor((height - 70) / 44), ...kindOf(spec.y) });
+  const yTicks = scale({
+    domain: ys,
+    range: [0, 1],
+    most: Math.floor((height - 70) / 44),
+    ...kindOf(spec.y),
+  });
   const left = Math.ceil(Math.max(...yTicks.ticks.map((tick) => textWidth(spec.y.short(tick))), 20)) + 14;
   const frame = { left, right: width - 14, top: 30, bottom: height - 42 };
-  const y = scale({ ...kindOf(spec.y), domain: ys, range: [frame.bottom, frame.top], most: Math.floor((height - 70) / 44) });
-  const sample = Math.max(...xs.map((end) => textWidth(spec.x.short(end)))) + 34;
-  const x = scale({ ...kindOf(spec.x), domain: xs, range: [frame.left, frame.right],
-    most: Math.max(2, Math.floor((frame.right - frame.left) / sample)) });
+  const y = scale({
+    ...kindOf(spec.y),
+    domain: ys,
+    range: [frame.bottom, frame.top],
+    most: Math.floor((height - 70) / 44),
+  });
+  const sample = Math.max(...xs.map((end) => textWidth(spec.x.short(end)))) + 26;
+  const x = scale({
+    ...kindOf(spec.x),
+    domain: xs,
+    range: [frame.left, frame.right],
+    most: Math.max(3, Math.floor((frame.right - frame.left) / sample)),
+  });
   if (spec.x.at) x.ticks = apart(spec.x.at, x, (frame.right - frame.left) / sample) ?? x.ticks;
   const svg = canvas(spec.label, width, height);
   svg.append(axes(spec, x, y, frame, width));
   const clip = `clip-${(serial += 1)}`;
-  svg.append(s("clipPath", { id: clip }, s("rect", { x: frame.left - 2, y: frame.top - 2,
-    width: frame.right - frame.left + 4, height: frame.bottom - frame.top + 4 })));
+  svg.append(
+    s(
+      "clipPath",
+      { id: clip },
+      s("rect", {
+        x: frame.left - 2,
+        y: frame.top - 2,
+        width: frame.right - frame.left + 4,
+        height: frame.bottom - frame.top + 4,
+      }),
+    ),
+  );
   const targets = [];
   const labels = [];
   for (const layer of spec.layers) svg.append(drawLayer(layer, { x, y, frame, clip }, targets, labels));
@@ -104,20 +147,37 @@ function axes(spec, x, y, frame, width) {
   group.append(s("text", { class: "title", x: 0, y: 13 }, cut(spec.y.title, width)));
   for (const tick of y.ticks) {
     const at = y.at(tick).toFixed(1);
-    group.append(s("path", { class: "grid", d: `M${frame.left} ${at}H${frame.right}` }),
-      s("text", { class: "tick", x: frame.left - 8, y: at, dy: "0.35em", "text-anchor": "end" }, spec.y.short(tick)));
+    group.append(
+      s("path", { class: "grid", d: `M${frame.left} ${at}H${frame.right}` }),
+      s(
+        "text",
+        { class: "tick", x: frame.left - 8, y: at, dy: "0.35em", "text-anchor": "end" },
+        spec.y.short(tick),
+      ),
+    );
   }
   for (const tick of x.ticks) {
     const at = x.at(tick);
     const half = textWidth(spec.x.short(tick)) / 2;
     // The outermost labels may not leave the picture.
     const anchor = at + half > width ? "end" : "middle";
-    group.append(s("path", { class: "grid", d: `M${at.toFixed(1)} ${frame.top}V${frame.bottom}` }),
-      s("text", { class: "tick", x: Math.min(at, width - 1).toFixed(1), y: frame.bottom + 17, "text-anchor": anchor }, spec.x.short(tick)));
+    group.append(
+      s("path", { class: "grid", d: `M${at.toFixed(1)} ${frame.top}V${frame.bottom}` }),
+      s(
+        "text",
+        { class: "tick", x: Math.min(at, width - 1).toFixed(1), y: frame.bottom + 17, "text-anchor": anchor },
+        spec.x.short(tick),
+      ),
+    );
   }
-  group.append(s("path", { class: "axis", d: `M${frame.left} ${frame.bottom}H${frame.right}` }),
-    s("text", { class: "title", x: frame.right, y: frame.bottom + 36, "text-anchor": "end" },
-      cut(spec.x.title, width)));
+  group.append(
+    s("path", { class: "axis", d: `M${frame.left} ${frame.bottom}H${frame.right}` }),
+    s(
+      "text",
+      { class: "title", x: frame.right, y: frame.bottom + 36, "text-anchor": "end" },
+      cut(spec.x.title, width),
+    ),
+  );
   return group;
 }
 
@@ -126,7 +186,8 @@ const inside = (point, x, y) =>
 
 /** A path through the points, broken where a value is missing. */
 function pathOf(points, x, y, steps) {
-  let path = "", pen = "M";
+  let path = "",
+    pen = "M";
   for (const point of points) {
     if (!inside(point, x, y)) {
       pen = "M";
@@ -145,8 +206,13 @@ function drawLayer(layer, { x, y, frame, clip }, targets, labels) {
   if (layer.kind === "rule") return drawRule(group, layer, y, frame);
   const style = layer.kind === "front" ? "front" : styleOf(layer.style);
   if (layer.kind !== "points") {
-    group.append(s("path", { class: `line ${style} ${layer.bold ? "bold" : ""} ${layer.dash ?? ""}`, "clip-path": `url(#${clip})`,
-      d: pathOf(layer.points, x, y, layer.kind === "front") }));
+    group.append(
+      s("path", {
+        class: `line ${style} ${layer.bold ? "bold" : ""} ${layer.dash ?? ""}`,
+        "clip-path": `url(#${clip})`,
+        d: pathOf(layer.points, x, y, layer.kind === "front"),
+      }),
+    );
   }
   for (const point of layer.points) {
     const above = point.lost || point.y > y.domain[1];
@@ -167,8 +233,18 @@ function drawRule(group, layer, y, frame) {
   const [{ y: level }] = layer.points;
   if (level > y.domain[1] || level < y.domain[0]) return group;
   const at = y.at(level);
-  group.append(s("path", { class: `rule ${layer.rule}`, d: `M${frame.left} ${at.toFixed(1)}H${frame.right}` }),
-    s("text", { class: `tick ${layer.rule}`, x: frame.left + 6, y: (at - frame.top < 18 ? at + 15 : at - 5).toFixed(1) }, layer.text));
+  group.append(
+    s("path", { class: `rule ${layer.rule}`, d: `M${frame.left} ${at.toFixed(1)}H${frame.right}` }),
+    s(
+      "text",
+      {
+        class: `tick ${layer.rule}`,
+        x: frame.left + 6,
+        y: (at - frame.top < 18 ? at + 15 : at - 5).toFixed(1),
+      },
+      layer.text,
+    ),
+  );
   return group;
 }
 
@@ -185,8 +261,12 @@ function dot(layer, point, at, y) {
   }
   if (isNumber(point.low) && isNumber(point.high) && point.high > point.low) {
     const ends = [point.low, Math.min(point.high, y.domain[1])].map((end) => y.at(end).toFixed(1));
-    group.append(s("path", { class: `whisker ${style}`,
-      d: `M${at.x - 4} ${ends[0]}h8M${at.x - 4} ${ends[1]}h8M${at.x} ${ends[0]}V${ends[1]}` }));
+    group.append(
+      s("path", {
+        class: `whisker ${style}`,
+        d: `M${at.x - 4} ${ends[0]}h8M${at.x - 4} ${ends[1]}h8M${at.x} ${ends[0]}V${ends[1]}`,
+      }),
+    );
   }
   if (point.chosen) group.append(s("circle", { class: `chosen ${style}`, cx: at.x, cy: at.y, r: 9 }));
   group.append(marker(layer.style, at.x, at.y, layer.size ?? 4.5));
@@ -201,15 +281,31 @@ function placeLabels(labels, frame, targets) {
     a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;
   for (const { text, x, y } of labels.sort((a, b) => Boolean(b.first) - Boolean(a.first))) {
     const width = textWidth(text) + 4;
-    const places = [[x + 8, y - 8], [x - width - 8, y - 8], [x - width / 2, y - 26], [x - width / 2, y + 9],
-      [x + 6, y - 24], [x + 6, y + 8], [x - width - 6, y - 24], [x - width - 6, y + 8]];
+    const places = [
+      [x + 8, y - 8],
+      [x - width - 8, y - 8],
+      [x - width / 2, y - 26],
+      [x - width / 2, y + 9],
+      [x + 6, y - 24],
+      [x + 6, y + 8],
+      [x - width - 6, y - 24],
+      [x - width - 6, y + 8],
+    ];
     const place = places
       .map(([px, py]) => ({ x: px, y: py, width, height: 16 }))
-      .find((box) => box.x >= frame.left && box.x + width <= frame.right + 10 && box.y >= frame.top - 8 &&
-        box.y + 16 <= frame.bottom && !taken.some(overlaps(box)));
+      .find(
+        (box) =>
+          box.x >= frame.left &&
+          box.x + width <= frame.right + 10 &&
+          box.y >= frame.top - 8 &&
+          box.y + 16 <= frame.bottom &&
+          !taken.some(overlaps(box)),
+      );
     if (!place) continue;
     taken.push(place);
-    group.append(s("text", { class: "label", x: (place.x + 2).toFixed(1), y: (place.y + 12).toFixed(1) }, text));
+    group.append(
+      s("text", { class: "label", x: (place.x + 2).toFixed(1), y: (place.y + 12).toFixed(1) }, text),
+    );
   }
   return group;
 }
@@ -219,22 +315,47 @@ function placeLabels(labels, frame, targets) {
 /** A group of radio buttons; `change` is told the value picked. */
 function choice(legend, options, value, change) {
   const name = `choice-${(serial += 1)}`;
-  return h("fieldset", { class: "choice" }, h("legend", {}, legend),
+  return h(
+    "fieldset",
+    { class: "choice" },
+    h("legend", {}, legend),
     ...options.map(([key, text]) =>
-      h("label", {}, h("input", { type: "radio", name, value: key, checked: key === value,
-        on: { change: () => change(key) } }), h("span", {}, text))));
+      h(
+        "label",
+        {},
+        h("input", {
+          type: "radio",
+          name,
+          value: key,
+          checked: key === value,
+          on: { change: () => change(key) },
+        }),
+        h("span", {}, text),
+      ),
+    ),
+  );
 }
 
 function toggle(text, checked, change) {
-  return h("label", { class: "toggle" }, h("input", { type: "checkbox", checked,
-    on: { change: (event) => change(event.target.checked) } }), h("span", {}, text));
+  return h(
+    "label",
+    { class: "toggle" },
+    h("input", { type: "checkbox", checked, on: { change: (event) => change(event.target.checked) } }),
+    h("span", {}, text),
+  );
 }
 
 /** A figure with a heading, what it shows, its switches and its chart. Returns the function that redraws. */
 function figure(parent, { id, title, about, controls = [], wide = false, draw }) {
   const box = h("div", { class: "box" });
-  parent.append(h("figure", { class: wide ? "chart wide" : "chart", id },
-    h("figcaption", {}, h("h3", {}, title), about ? h("p", {}, about) : null),
-    controls.length ? h("div", { class: "controls" }, ...controls) : null, box));
+  parent.append(
+    h(
+      "figure",
+      { class: wide ? "chart wide" : "chart", id },
+      h("figcaption", {}, h("h3", {}, title), about ? h("p", {}, about) : null),
+      controls.length ? h("div", { class: "controls" }, ...controls) : null,
+      box,
+    ),
+  );
   return drawn(box, draw);
 }

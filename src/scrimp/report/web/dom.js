@@ -26,12 +26,17 @@ const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 function digits(value, count = 4) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e15 || size < 1e-4) return value.toExponential(count - 1).replace(/\.?0+e/, "e").replace("e+", "e");
+  if (size >= 1e15 || size < 1e-4)
+    return value
+      .toExponential(count - 1)
+      .replace(/\.?0+e/, "e")
+      .replace("e+", "e");
   return String(Number(value.toPrecision(count))).replace("-", "−");
 }
 
 function scaled(value, base, units, count) {
-  let left = value, index = 0;
+  let left = value,
+    index = 0;
   while (Math.abs(left) >= 999.5 && index < units.length - 1) {
     left /= base;
     index += 1;
@@ -48,7 +53,9 @@ const loss = (value) => value.toFixed(4);
 /** Write a spread as its median and its ends. */
 function spreadText(spread, write) {
   const same = spread.lowest === spread.highest || !isNumber(spread.lowest) || !isNumber(spread.highest);
-  return same ? write(spread.median) : `${write(spread.median)} (${write(spread.lowest)} to ${write(spread.highest)})`;
+  return same
+    ? write(spread.median)
+    : `${write(spread.median)} (${write(spread.lowest)} to ${write(spread.highest)})`;
 }
 
 const CANVAS = document.createElement("canvas").getContext("2d");

@@ -1,6 +1,6 @@
 // Scales: from values to pixels, with ticks at round values.
 
-const ROUND = [1, 2, 5, 10];
+const ROUND = [1, 2, 2.5, 5, 10];
 
 /** The round step that makes at most `most` of `span`, in units of `unit`. */
 function roundStep(span, most, unit) {
@@ -10,7 +10,8 @@ function roundStep(span, most, unit) {
 }
 
 /** Bytes are round in binary units: 512 MiB, not 536.9 million. */
-const byteUnit = (high) => 1024 ** Math.max(0, Math.floor(Math.log(Math.max(high, 1)) / Math.log(1024) + 1e-9));
+const byteUnit = (high) =>
+  1024 ** Math.max(0, Math.floor(Math.log(Math.max(high, 1)) / Math.log(1024) + 1e-9));
 
 function linearTicks([low, high], most, unit) {
   const step = roundStep(high - low || 1, most, unit);
@@ -23,7 +24,8 @@ function linearTicks([low, high], most, unit) {
 
 function logTicks([low, high], most) {
   const decades = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) decades.push(power);
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1)
+    decades.push(power);
   const within = (factors) =>
     decades
       .flatMap((power) => factors.map((factor) => Number((factor * 10 ** power).toPrecision(3))))
@@ -51,7 +53,8 @@ function scale({ domain, range, log = false, unit = "", most = 5 }) {
 function domainOf(values, { log = false, zero = false, room = 0.05 } = {}) {
   const kept = values.filter((value) => isNumber(value) && (!log || value > 0));
   if (!kept.length) return null;
-  let low = Infinity, high = -Infinity;  // by hand: the arguments of Math.min are limited in number
+  let low = Infinity,
+    high = -Infinity; // by hand: the arguments of Math.min are limited in number
   for (const value of kept) {
     if (value < low) low = value;
     if (value > high) high = value;

@@ -168,7 +168,7 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
         Column("peak tensors", "bytes", lambda row: number(row.get("tensor_bytes"), format_bytes)),
         Column("peak resident", "whole process", lambda row: number(row.get("peak_bytes"), format_bytes)),
         Column("tokens/s", "more is faster", lambda row: spread(row.get("tokens_per_s"), _rate)),
-        Column("speed", f"of {reference}", lambda row: spread(row.get("speed_ratio"), "{:.3f} ×".format)),
+        Column("speed", f"× {reference}", lambda row: spread(row.get("speed_ratio"), "{:.3f}".format)),
     ]
 
 

@@ -9,9 +9,10 @@ const cellOf = (row, index) => {
 function compare(a, b, direction) {
   if (a === null || b === null) return (a === null) - (b === null);
   const [left, right] = [Number(a), Number(b)];
-  const order = a !== "" && b !== "" && !Number.isNaN(left) && !Number.isNaN(right)
-    ? left - right
-    : a.localeCompare(b, "en", { numeric: true });
+  const order =
+    a !== "" && b !== "" && !Number.isNaN(left) && !Number.isNaN(right)
+      ? left - right
+      : a.localeCompare(b, "en", { numeric: true });
   return direction * order;
 }
 
@@ -44,7 +45,13 @@ function filterable(table, placeholder) {
     const left = rows.filter((row) => !row.hidden).length;
     count.textContent = wanted.length ? `${left} of ${rows.length}` : "";
   };
-  const input = h("input", { type: "search", placeholder, "aria-label": placeholder, spellcheck: "false", on: { input: apply } });
+  const input = h("input", {
+    type: "search",
+    placeholder,
+    "aria-label": placeholder,
+    spellcheck: "false",
+    on: { input: apply },
+  });
   const bar = h("div", { class: "filter" }, input, count);
   table.parentElement.before(bar);
   return bar;

@@ -2,7 +2,7 @@
 // arrow keys go from one to the next: left and right along a series, up and down between series.
 
 const tipBox = h("div", { id: "tip", role: "status", "aria-live": "polite", hidden: true });
-const REACH = 60;  // pixels within which a point answers to the pointer
+const REACH = 60; // pixels within which a point answers to the pointer
 
 function showTip(tip, x, y) {
   const rows = tip.rows.filter(([, value]) => value !== null && value !== undefined);
@@ -35,7 +35,8 @@ const distance = (target, x, y) =>
     : Math.hypot(target.x - x, target.y - y);
 
 function nearest(targets, x, y) {
-  let best = null, least = REACH;
+  let best = null,
+    least = REACH;
   for (const target of targets) {
     const far = distance(target, x, y);
     if (far < least) [best, least] = [target, far];
