@@ -17,6 +17,7 @@ from typer.main import get_command
 from scrimp.cli import app
 from scrimp.methods import METHODS
 from scrimp.recipe import fields
+from scrimp.reported import sentence
 from scrimp.shapes import SHAPES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -65,7 +66,7 @@ def methods_table() -> str:
             ", ".join(f"`{choice}: {piece}`" for choice, piece in method.pieces.items()),
             method.terms,
             method.source,
-            method.reported,
+            sentence(method.name),
         )
         for method in METHODS
     ]

@@ -10,6 +10,7 @@ import pytest
 from scrimp.base.errors import ScrimpError
 from scrimp.methods import METHODS, PIECES, Choice, Method, Piece, names, piece
 from scrimp.recipe import Recipe
+from scrimp.reported import sentence
 
 
 def test_every_choice_has_a_piece_and_the_default_is_one() -> None:
@@ -41,7 +42,7 @@ def test_every_method_is_made_of_pieces_and_names_its_source(method: Method) -> 
         assert name in names(choice)
     assert method.terms
     assert method.source
-    assert method.reported
+    assert "arXiv" in sentence(method.name)
 
 
 def test_an_unknown_piece_names_the_nearest_and_all() -> None:

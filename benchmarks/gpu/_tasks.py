@@ -24,6 +24,7 @@ from typing import IO, Any
 from scrimp.base.platform import SHORT_WAIT
 from scrimp.bench.machine import clean_env
 
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 Expect = Callable[..., None]
 STATUSES = ("done", "out of memory", "failed", "late")
@@ -63,6 +64,11 @@ class Task:
     command: tuple[str, ...]
     document: Path | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it runs, so that its own record of its command names no folder of this machine."""
+        return None if self.document is None else self.document.parents[1]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -89,9 +95,9 @@ def own(module: str, name: str, spec: Mapping[str, Any]) -> Task:
 
 def bench(setting: Setting, name: str, words: list[str]) -> Task:
     """Return a task that runs `scrimp bench`; a suite that was ended goes on where it stopped."""
-    out = setting.work / ("tiny" if setting.tiny else setting.device) / name.replace(" ", "-")
-    command = (sys.executable, "-m", "scrimp", "bench", *words, "--device", setting.device, "--out", str(out))
-    return Task(name=name, command=(*command, "--json"), document=out / "bench.json")
+    folder, out = setting.work / ("tiny" if setting.tiny else setting.device), name.replace(" ", "-")
+    command = (sys.executable, "-m", "scrimp", "bench", *words, "--device", setting.device, "--out", out)
+    return Task(name=name, command=(*command, "--json"), document=folder / out / "bench.json")
 
 
 def perform(task: Task, limit: float) -> Row:
@@ -99,9 +105,16 @@ def perform(task: Task, limit: float) -> Row:
     if limit < LEAST_S:
         return {"name": task.name, "status": "late", "why": "no time was left to begin it", "seconds": 0.0}
     began, began_at = time.monotonic(), time.time()
+    if task.folder is not None:
+        task.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         process = subprocess.Popen(
-            task.command, env=clean_env(SHORT_WAIT), stdout=out, stderr=error, start_new_session=True
+            task.command,
+            cwd=task.folder,
+            env=clean_env(SHORT_WAIT),
+            stdout=out,
+            stderr=error,
+            start_new_session=True,
         )
         late = False
         try:
@@ -142,8 +155,10 @@ def _read(process: subprocess.Popen[bytes], out: IO[bytes], error: IO[bytes], *,
 
 
 def _text(file: IO[bytes]) -> str:
+    """Read a file of a process without the folders of this machine."""
     file.seek(0)
-    return file.read().decode(errors="replace")
+    text = file.read().decode(errors="replace")
+    return text.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
 
 
 def answer(work: Callable[[dict[str, Any]], Row]) -> None:

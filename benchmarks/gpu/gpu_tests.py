@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from _tasks import Expect, Part, Row, Setting, Task, answer, own
+from _tasks import ROOT, Expect, Part, Row, Setting, Task, answer, own
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = "tests/placement"  # one of them, skipped where there is no GPU
 
 

@@ -131,6 +131,7 @@ def work(spec: dict[str, Any]) -> Row:
             name: fits_in(recipe, budget - row["fixed_bytes"], measured=row["measured_bytes"])
             for name, budget in budgets.items()
         }
+    row["recipe"]["model"]["name"] = case.get("family", case.get("model.name"))  # of a family it was a folder
     ended = {name: "finished" if did else "out of memory" for name, did in fits.items()}
     right = int(fits["in what it asks for"]) + int(not fits["in too little"])
     return {**row, "budgets": budgets, "ended": ended, "verdicts_right": right}

@@ -88,6 +88,17 @@ def reported(method: str) -> tuple[Reported, ...]:
     return tuple(entry for entry in REPORTED if entry.method == method)
 
 
+def sentence(method: str) -> str:
+    """Return a paper's main table in a few words, or an empty string where none was read."""
+    figures = reported(method)
+    if not figures:
+        return ""
+    first = figures[0]
+    main = [entry for entry in figures if (entry.metric, entry.source) == (first.metric, first.source)]
+    values = ", ".join(f"{entry.value:g} at {entry.model}" for entry in main)
+    return f"{first.metric} {values} ({'; '.join(filter(None, [first.setup, first.source]))})"
+
+
 def _c4(
     method: str, values: tuple[float, ...], memory: str, source: str, setup: str = "bf16 weights and moments"
 ) -> tuple[Reported, ...]:

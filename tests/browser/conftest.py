@@ -202,7 +202,7 @@ def suite() -> dict[str, Any]:
             "seeds": 3,
             "reference": "adamw",
             "target_loss": 1.95,
-            "target_rule": "It is what the reference reaches after nine tenths of the tokens.",
+            "target_rule": "what the reference reaches after nine tenths of the tokens",
             "pairs": 5,
             "turn_steps": 10,
         },

@@ -178,6 +178,13 @@ def test_papers_figures_stand_apart_and_say_so() -> None:
     ]
 
 
+def test_figure_that_contestants_share_stands_once() -> None:
+    figure = {"model": "60M", "metric": "C4 perplexity", "value": 34.88, "source": "GaLore, table 2"}
+    rows = [_contestant(name, 1.9, reported=[figure]) for name in ("adamw", "transformers")]
+    text = page(_suite(*rows))
+    assert text.count("34.88</td>") == 1 and "adamw, transformers" in _Reader(text).rows[-1]
+
+
 def test_runs_say_their_headlines_and_what_changed() -> None:
     other = _run("two", recipe={"optimizer.lr": 0.002, "batch": 8}, finished=False)
     text = page(_runs(_run("one"), other, changes=[{"field": "optimizer.lr", "values": [0.004, 0.002]}]))

@@ -10,7 +10,6 @@ stopped still shows what it found; the same command goes on with what is missing
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +85,7 @@ class Entry:
         trials: Tuning trials, each with `lr`, `seed`, `loss` and the whole `found`.
         runs: The runs at its best rate, one a seed.
         speeds: Its turns, and the reference's beside them.
+        others_share: Of all cores' time, what other programs took meanwhile.
     """
 
     contestant: Contestant
@@ -95,6 +95,7 @@ class Entry:
     trials: list[dict[str, Any]] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     speeds: dict[str, list[float]] = field(default_factory=dict)
+    others_share: float = 0.0
 
     @property
     def competes(self) -> bool:
@@ -217,7 +218,7 @@ class Bench:
         task = self._task("turns", entry.contestant, recipe)
         place, found = self.pool.place(task), self.pool.cached(task)
         if found is None:
-            began = time.monotonic()
+            load = LoadWatch()
             other = self._task("turns", self.reference.contestant, recipe)
             reference = type(place)(place.path / "reference")
             place.prepare(task)
@@ -227,14 +228,14 @@ class Bench:
             except ScrimpError as error:
                 found = {"status": "failed", "why": str(error)}
             else:
-                found = {"status": "done", "speeds": speeds}
+                found = {"status": "done", "speeds": speeds, "others_share": load.others_share()}
             place.write_result(found)
-            self._took.setdefault("turns", []).append(time.monotonic() - began)
+            self._took.setdefault("turns", []).append(load.seconds)
         if found["status"] == "failed":
             entry.failed = found["why"]
             self.say(f"{entry.contestant.name}: failed; {entry.failed}")
             return
-        entry.speeds = found["speeds"]
+        entry.speeds, entry.others_share = found["speeds"], found["others_share"]
         mine, theirs = entry.speeds["contestant"], entry.speeds["reference"]
         ratio = statistics.median(own / other for own, other in zip(mine, theirs, strict=True))
         self.say(f"{entry.contestant.name}: {ratio:.2f} x the reference's speed{self._left()}")

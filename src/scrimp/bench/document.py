@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from scrimp.bench import peers
 from scrimp.bench.bench import Bench, Entry
-from scrimp.bench.machine import environment
+from scrimp.bench.machine import BUSY_OTHERS_SHARE, environment
 from scrimp.bench.protocol import LR_FACTOR, TARGET_ROOM, TARGET_RULE, at_edge, best, spread, to_target
 from scrimp.reported import reported
 
@@ -24,7 +23,8 @@ def document(bench: Bench) -> dict[str, Any]:
     Args:
         bench: The suite, finished or not.
     """
-    ask, load_and_busy = bench.ask, bench.load.end()
+    ask = bench.ask
+    disturbed = [entry for entry in bench.entries if entry.others_share > BUSY_OTHERS_SHARE]
     reference = bench.reference
     target = _target(reference)
     packages = [entry.contestant.peer.package for entry in bench.entries if entry.contestant.peer]
@@ -35,11 +35,11 @@ def document(bench: Bench) -> dict[str, Any]:
         "title": ask.suite.title,
         "made": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "command": [Path(word).name if Path(word).is_absolute() else word for word in ask.command],
-        "busy": load_and_busy[1],
+        "busy": bool(disturbed),
         "seconds": round(bench.load.seconds, 1),
-        "notes": _notes(bench),
+        "notes": _notes(bench, disturbed),
         "environment": environment(packages, device=bench.job["device"]),
-        "load": load_and_busy[0],
+        "load": bench.load.end()[0],
         "job": _job(bench),
         "protocol": {
             "trials": ask.trials,
@@ -120,7 +120,7 @@ def _row(entry: Entry, bench: Bench, target: float | None) -> dict[str, Any]:
         "peak_bytes": round(statistics.median(run["found"]["peak_bytes"] for run in runs)) if runs else None,
         **_speed(entry, bench.entries),
         "curves": [{"seed": run["seed"], "lr": run["lr"], **run["found"]["curve"]} for run in runs],
-        "reported": [asdict(one) for one in reported(contestant.paper)] if contestant.paper else [],
+        "reported": [one.plain() for one in reported(contestant.paper)] if contestant.paper else [],
     }
 
 
@@ -164,12 +164,22 @@ def _speed(entry: Entry, entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _notes(bench: Bench) -> list[str]:
+def _notes(bench: Bench, disturbed: Sequence[Entry]) -> list[str]:
     notes = []
+    if disturbed:
+        names = ", ".join(entry.contestant.name for entry in disturbed)
+        notes.append(
+            f"Other programs took more than {BUSY_OTHERS_SHARE:.0%} of the cores while these took turns: {names}."
+        )
     if bench.ask.pairs and bench.ask.trials:
         notes.append(
             "Seconds to the target are tokens to the target over the speed measured in turns, where a "
             "contestant runs with the job's threads and nothing beside it but the waiting reference."
+        )
+    if bench.ask.pairs:
+        notes.append(
+            "The reference takes turns with a second process of itself: how far its ratio is from 1 is what "
+            "the machine's noise is worth."
         )
     if any(entry.contestant.peer and entry.contestant.peer.brings_loop for entry in bench.entries):
         notes.append("A peer that brings its own loop is measured from outside: its memory has no terms.")

@@ -73,13 +73,16 @@ class LoadWatch:
         """Seconds since it was made."""
         return time.monotonic() - self._began
 
+    def others_share(self) -> float:
+        """Return the share of all cores' time that programs which are not ours took so far."""
+        machine, own = (after - before for after, before in zip(_cpu_seconds(), self._cpu, strict=True))
+        return round(max(0.0, machine - own) / max(1e-9, self.seconds * CORES), 3)
+
     def end(self) -> tuple[dict[str, Any], bool]:
         """Return the load before and after with the share that others took, and whether it was too much."""
-        machine, own = (after - before for after, before in zip(_cpu_seconds(), self._cpu, strict=True))
-        others = max(0.0, machine - own) / max(1e-9, self.seconds * CORES)
+        others = self.others_share()
         busy = self.before[0] / CORES > BUSY_LOAD_PER_CORE or others > BUSY_OTHERS_SHARE
-        load = {"before": self.before, "after": psutil.getloadavg(), "others_share_of_cpu": round(others, 3)}
-        return load, busy
+        return {"before": self.before, "after": psutil.getloadavg(), "others_share_of_cpu": others}, busy
 
 
 def settle(seconds: float) -> None:

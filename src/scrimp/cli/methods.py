@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from scrimp.cli.guard import print_json
-from scrimp.methods import METHODS, PIECES
+from scrimp.methods import METHODS, PIECES, Method
+from scrimp.reported import reported, sentence
 
 
 def methods(
@@ -19,7 +20,7 @@ def methods(
     """List the methods, and the pieces that a recipe can name."""
     if as_json:
         print_json(
-            {"methods": [asdict(method) for method in METHODS], "pieces": [asdict(piece) for piece in PIECES]}
+            {"methods": [_plain(method) for method in METHODS], "pieces": [asdict(piece) for piece in PIECES]}
         )
         return
     from rich.console import Console
@@ -31,9 +32,13 @@ def methods(
     )
     for method in METHODS:
         pieces = ", ".join(f"{choice}: {name}" for choice, name in method.pieces.items())
-        catalogue.add_row(method.name, pieces, method.terms, method.source, method.reported)
+        catalogue.add_row(method.name, pieces, method.terms, method.source, sentence(method.name))
     console.print(catalogue)
     pieces_table = Table("choice", "name", "what it is", title="Pieces", title_justify="left")
     for piece in PIECES:
         pieces_table.add_row(piece.choice, piece.name, piece.summary)
     console.print(pieces_table)
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    return {**asdict(method), "reported": [figure.plain() for figure in reported(method.name)]}

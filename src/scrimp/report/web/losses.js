@@ -85,7 +85,7 @@ function lossChart(grid, add, redraw, chosen, tipOf, protocol) {
         height: width < 500 ? 320 : 420,
         layers,
         x: { title: "training tokens", log: now.log, short: (v) => counts(v, 3) },
-        y: { title: `${what}, nats a token`, ceiling, short: (v) => digits(v, 4) },
+        y: { title: `${what}, nats a token`, ceiling, short: (v) => digits(v, 6) },
       },
       width,
     );
@@ -171,10 +171,10 @@ function frontChart(grid, add, redraw, chosen, tipOf) {
         label: `held-out loss against ${title}`,
         height: 360,
         layers,
-        x: { title, unit: "bytes", room: 0.08, short: (v) => bytes(v, 4) },
+        x: { title, unit: "bytes", room: 0.08, short: (v) => bytes(v, 5) },
         y: {
           title: "held-out loss, nats a token",
-          short: (v) => digits(v, 4),
+          short: (v) => digits(v, 6),
           room: 0.12,
           ceiling: close ? ceilingOf(rows.map((row) => row.loss.median)) : undefined,
         },
@@ -244,7 +244,7 @@ function searchChart(grid, add, redraw, chosen, tipOf) {
         },
         y: {
           title: "held-out loss, nats a token",
-          short: (v) => digits(v, 4),
+          short: (v) => digits(v, 6),
           ceiling: close
             ? ceilingOf(
                 rows.flatMap((row) => row.trials.map((trial) => trial.loss)),

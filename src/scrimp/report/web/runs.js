@@ -205,7 +205,7 @@ function runLoss({ runs, now, add, redraw }) {
             .filter((layer) => layer.points.length)
             .sort((a, b) => Boolean(b.faint) - Boolean(a.faint)),
           x: { ...xAxis(now), log: logs.x },
-          y: { title: "loss, nats a token", log: logs.y, short: (v) => digits(v, 4) },
+          y: { title: "loss, nats a token", log: logs.y, short: (v) => digits(v, 6) },
         },
         width,
       ),
@@ -267,7 +267,7 @@ function series(
             unit,
             zero,
             log,
-            short: (v) => (unit === "bytes" ? bytes(v, 4) : v >= 1000 ? counts(v, 4) : digits(v, 4)),
+            short: (v) => (unit === "bytes" ? bytes(v, 5) : v >= 1000 ? counts(v, 5) : digits(v, 6)),
           },
         },
         width,

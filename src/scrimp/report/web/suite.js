@@ -14,6 +14,11 @@ function suiteReport(suite) {
   const table = document.querySelector("#contestants table");
   sortable(table);
   filterable(table, "Filter contestants");
+  const reported = document.querySelector("#reported table");
+  if (reported) {
+    sortable(reported);
+    filterable(reported, "Filter the papers' figures");
+  }
   const boxes = pickers(all, measured, picked, table, redraw);
 
   const section = document.getElementById("charts");

@@ -44,12 +44,17 @@ SAME_JOB = (
     "Every contestant does the same job, in a process of its own: the model, the data and their order, and "
     "the steps are the same; only the method differs."
 )
-TUNING = "Equal tuning: {trials} learning rates each, a factor of {lr_factor:.4g} apart."
-SEEDS = "The best of them is run with {seeds} seeds; the median is shown with the lowest and the highest."
-EVALUATION = "Held-out loss is taken over {evaluation_tokens:,} tokens, every {evaluation_every} steps."
+TUNING = "Equal tuning: as many learning rates for each ({trials}), a factor of {lr_factor:.4g} apart."
+SEEDS = (
+    "The best of them is run with every seed ({seeds}); the median is shown with the lowest and the highest."
+)
+TARGET = "The target is a held-out loss of {target_loss:.4g}: {target_rule}."
+EVALUATION = (
+    "Held-out loss: over {evaluation_tokens:,} tokens; steps from one to the next: {evaluation_every}."
+)
 PAIRS = (
-    "Speed is compared with {reference}, in turns of {turn_steps} steps: the ratio is the median of {pairs} "
-    "pairs, each taken side by side, so that a noisy machine slows both."
+    "Speed is compared with {reference}, in turns of {turn_steps} steps: the ratio is the median of the "
+    "pairs ({pairs}), each taken side by side, so that a noisy machine slows both."
 )
 
 
@@ -222,9 +227,10 @@ def _contestants(document: Mapping[str, Any]) -> str:
         return f"{status}: {row.get('why') or 'no reason was recorded'}" if status else ""
 
     seeds = (document.get("protocol") or {}).get("seeds")
-    below = f"Medians over {seeds} seeds; below them, from the lowest to the highest." if seeds else ""
+    below = "Medians of the seeds; below them, from the lowest to the highest." if seeds and seeds > 1 else ""
     made = table(used(columns(document), rows), rows, label="Contestants", head=head, why=why)
-    return section("contestants", "Contestants", f'<p class="quiet">{safe(below)}</p>', made, _settings(rows))
+    said = f'<p class="quiet">{below}</p>' if below else ""
+    return section("contestants", "Contestants", said, made, _settings(rows))
 
 
 def _settings(rows: Sequence[Row]) -> str:
@@ -246,12 +252,20 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
+def _merged(contestants: Sequence[Row]) -> list[Row]:
+    """Return the papers' figures, each once: contestants of one method share them."""
+    names: dict[str, list[str]] = {}
+    figures: dict[str, Row] = {}
+    for row in contestants:
+        for figure in row.get("reported") or ():
+            key = repr(sorted(figure.items()))
+            figures[key] = figure
+            names.setdefault(key, []).append(row["name"])
+    return [{"contestant": ", ".join(names[key]), **figure} for key, figure in figures.items()]
+
+
 def _reported(document: Mapping[str, Any]) -> str:
-    rows = [
-        {"contestant": row["name"], **figure}
-        for row in document["contestants"]
-        for figure in row.get("reported") or ()
-    ]
+    rows = _merged(document["contestants"])
 
     def column(key: str, title: str = "") -> Column:
         return Column(title or key, "", lambda row: words(row.get(key)), words=True)
@@ -293,8 +307,7 @@ def _protocol(document: Mapping[str, Any]) -> str:
         said("The search is centred at {lr_centre:.3g} ({lr_law}).", "lr_centre", "lr_law"),
         said(SEEDS, "seeds"),
         said(EVALUATION, "evaluation_tokens", "evaluation_every"),
-        said("The target is a held-out loss of {target_loss:.4g}.", "target_loss"),
-        said("{target_rule}", "target_rule"),
-        said(PAIRS, "reference", "turn_steps", "pairs"),
+        said(TARGET, "target_loss", "target_rule").replace("..", "."),
+        said(PAIRS, "reference", "turn_steps", "pairs") if protocol.get("pairs") else "",
     ]
     return section("protocol", "Protocol", bullets(text for text in sentences if text))
