@@ -1,6 +1,6 @@
 """The layout is the architecture: dependencies point one way, files stay readable, start-up stays fast.
 
-    cli → report, training, memory → build → {the six choices, data} → base
+    cli → bench → report, training, memory → build → {the six choices, data} → base
 
 Imports are read from the syntax tree, those inside functions too: a late import is a dependency all
 the same. Three laws need a fresh interpreter and start one: what `import scrimp`, `scrimp --help` and

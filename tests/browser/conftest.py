@@ -267,6 +267,7 @@ def _run(rng: random.Random, name: str, lr: float, end: float) -> dict[str, Any]
             "perplexity": [math.exp(x) for x in held],
             "bits_per_byte": [x / math.log(2) for x in held],
         },
+        "tokens_per_s": 21_500.0,
         "predicted_bytes": 440 * MIB,
         "budget_bytes": 512 * MIB,
         "memory": {

@@ -71,6 +71,7 @@ def _run(name: str, **changes: Any) -> dict[str, Any]:
             "peak_bytes": [MIB, 2 * MIB, 4 * MIB],
         },
         "eval": {"step": [3], "eval_loss": [1.5]},
+        "tokens_per_s": 2.0,
         "predicted_bytes": 3 * MIB,
         "sample": "def main():\n    pass",
         **changes,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scrimp import laws
+from scrimp.base import platform
 from scrimp.base.errors import ScrimpError
 from scrimp.base.units import format_duration
 from scrimp.bench.contestants import Contestant
@@ -23,7 +24,7 @@ from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
 from scrimp.bench.protocol import best, rates
 from scrimp.bench.suites import REFERENCE, STATED, Suite
-from scrimp.bench.tasks import Mode, Task
+from scrimp.bench.tasks import Mode, Place, Task
 from scrimp.bench.turns import compare
 
 Say = Callable[[str], None]
@@ -103,6 +104,15 @@ class Entry:
         return not self.missing and not self.failed
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A learning run to be done."""
+
+    entry: Entry
+    lr: float
+    seed: int
+
+
 @dataclass(slots=True)
 class Bench:
     """Runs a suite.
@@ -177,6 +187,13 @@ class Bench:
             if found["status"] != "done":
                 raise ScrimpError(found["why"])
             self.job = found
+        if found["device"] == "cpu":
+            room = platform.available_memory_bytes() // found["predicted_bytes"]
+            self.pool.jobs = max(1, min(self.pool.jobs, room))
+        self._find_centre()
+
+    def _find_centre(self) -> None:
+        """Choose the rate that the search is around."""
         recipe = self.job["recipe"]
         tokens = recipe["steps"] * recipe["batch"] * recipe["seq"]
         stated = self.ask.recipe.get("optimizer.lr")
@@ -203,8 +220,8 @@ class Bench:
     def _recipe(self, **changes: Any) -> dict[str, Any]:
         """Return the job's recipe with what a run of it needs stated; `__` in a name stands for a dot."""
         found, asked = self.job["recipe"], self.ask.recipe
-        held = {name: found[name] for name in ("batch", "seq", "model.name", "data.path", "data.tokenizer")}
-        held["micro_batch"] = asked.get("micro_batch") or found["batch"]
+        settled = ("batch", "micro_batch", "seq", "model.name", "data.path", "data.tokenizer")
+        held = {name: found[name] for name in settled}
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         asked.pop("tokens", None)
         return {**asked, **held, **changed}
@@ -220,7 +237,7 @@ class Bench:
         if found is None:
             load = LoadWatch()
             other = self._task("turns", self.reference.contestant, recipe)
-            reference = type(place)(place.path / "reference")
+            reference = Place(place.path / "reference")
             place.prepare(task)
             reference.prepare(other)
             try:
@@ -248,50 +265,49 @@ class Bench:
                 speed = statistics.median(entry.speeds["contestant"])
                 entry.steps = max(1, int(self.ask.seconds * speed / (recipe["batch"] * recipe["seq"])))
 
-    def _trials(self, number: int) -> list[tuple[Entry, float, int]]:
+    def _trials(self, number: int) -> list[Run]:
         """Return the runs of one round of the search; each round begins with another contestant."""
         first = self.job["recipe"]["seed"]
         tried = [
-            (entry, rates(self.centre * entry.contestant.lr_ratio, self.ask.trials)[number], first)
+            Run(entry, rates(self.centre * entry.contestant.lr_ratio, self.ask.trials)[number], first)
             for entry in self._competing()
         ]
         return tried[number:] + tried[:number]
 
-    def _seeds(self, number: int) -> list[tuple[Entry, float, int]]:
+    def _seeds(self, number: int) -> list[Run]:
         first = self.job["recipe"]["seed"]
         found = [(entry, best(entry.trials)) for entry in self._competing()]
-        return [(entry, trial["lr"], first + number) for entry, trial in found if trial is not None]
+        return [Run(entry, trial["lr"], first + number) for entry, trial in found if trial is not None]
 
-    def _round(self, runs: Sequence[tuple[Entry, float, int]]) -> Iterator[None]:
-        by_task = {}
-        for entry, lr, seed in runs:
-            every = max(1, entry.steps // max(1, self.ask.suite.evaluations))
-            recipe = self._recipe(
-                steps=entry.steps,
-                optimizer__lr=lr,
-                seed=seed,
-                evaluation__every=every,
-                checkpoint__every=entry.steps,
-                threads=self.ask.recipe.get("threads") or (1 if self.job["device"] == "cpu" else None),
-            )
-            by_task[self._task("train", entry.contestant, recipe).key(None)] = (entry, lr, seed, recipe)
-        tasks = [self._task("train", entry.contestant, recipe) for entry, _, _, recipe in by_task.values()]
-        for task, found in self.pool.do(tasks):
-            entry, lr, seed, _ = by_task[task.key(None)]
-            self._note(entry, lr, seed, found)
+    def _round(self, runs: Sequence[Run]) -> Iterator[None]:
+        for number, found in self.pool.do([self._training(run) for run in runs]):
+            self._note(runs[number], found)
             yield
 
-    def _note(self, entry: Entry, lr: float, seed: int, found: dict[str, Any]) -> None:
+    def _training(self, run: Run) -> Task:
+        steps = run.entry.steps
+        recipe = self._recipe(
+            steps=steps,
+            optimizer__lr=run.lr,
+            seed=run.seed,
+            evaluation__every=max(1, steps // max(1, self.ask.suite.evaluations)),
+            checkpoint__every=steps,
+            threads=self.ask.recipe.get("threads") or (1 if self.job["device"] == "cpu" else None),
+        )
+        return self._task("train", run.entry.contestant, recipe)
+
+    def _note(self, run: Run, found: dict[str, Any]) -> None:
+        entry = run.entry
         name = entry.contestant.name
         if found["status"] == "failed":
             entry.failed = found["why"]
             self.say(f"{name}: failed; {entry.failed}")
             return
         self._took.setdefault("train", []).append(found["seconds"])
-        run = {"lr": lr, "seed": seed, "loss": found["loss"], "found": found}
-        (entry.trials if seed == self.job["recipe"]["seed"] else entry.runs).append(run)
+        done = {"lr": run.lr, "seed": run.seed, "loss": found["loss"], "found": found}
+        (entry.trials if run.seed == self.job["recipe"]["seed"] else entry.runs).append(done)
         loss = "diverged" if found["loss"] is None else f"held-out loss {found['loss']:.4f}"
-        self.say(f"{name}, lr {lr:g}, seed {seed}: {loss}{self._left()}")
+        self.say(f"{name}, lr {run.lr:g}, seed {run.seed}: {loss}{self._left()}")
 
     def _left(self) -> str:
         """Say about how long the rest will take, by what took so long so far."""

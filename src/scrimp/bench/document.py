@@ -169,7 +169,7 @@ def _notes(bench: Bench, disturbed: Sequence[Entry]) -> list[str]:
     if disturbed:
         names = ", ".join(entry.contestant.name for entry in disturbed)
         notes.append(
-            f"Other programs took more than {BUSY_OTHERS_SHARE:.0%} of the cores while these took turns: {names}."
+            f"Other programs took over {BUSY_OTHERS_SHARE:.0%} of the cores while these took turns: {names}."
         )
     if bench.ask.pairs and bench.ask.trials:
         notes.append(

@@ -53,26 +53,27 @@ class Pool:
         found = place.result if not self.again or place.path in self._done else None
         return None if found is None or found["status"] == "failed" else found
 
-    def do(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-        """Do tasks in their order, and yield each with what it found as it ends."""
+    def do(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Begin tasks in their order, and yield each one's number with what it found as it ends."""
         waiting = []
-        for task in tasks:
+        for number, task in enumerate(tasks):
             found = self.cached(task)
             if found is None:
-                waiting.append(task)
+                waiting.append(number)
             else:
-                yield task, found
+                yield number, found
         running: list[_Running] = []
         self._heard = time.monotonic()
         with ExitStack() as stack:
             stack.callback(_end_all, running)
             while waiting or running:
                 while waiting and len(running) < self.jobs:
-                    running.append(self._start(waiting.pop(0)))
+                    number = waiting.pop(0)
+                    running.append(self._start(number, tasks[number]))
                 for entry in [entry for entry in running if entry.is_over(self._patience())]:
                     running.remove(entry)
                     entry.end()
-                    yield entry.task, self._finish(entry)
+                    yield entry.number, self._finish(entry)
                     self._heard = time.monotonic()
                 self._pass_on(running)
                 time.sleep(POLL_S)
@@ -88,10 +89,10 @@ class Pool:
     def _patience(self) -> float:
         return max(LEAST_PATIENCE_S, PATIENCE * self._longest) if self._longest else float("inf")
 
-    def _start(self, task: Task) -> _Running:
+    def _start(self, number: int, task: Task) -> _Running:
         place = self.place(task)
         place.prepare(task)
-        return _Running(task, place, place.start())
+        return _Running(number, task, place, place.start())
 
     def _finish(self, entry: _Running) -> dict[str, Any]:
         self._done.add(entry.place.path)
@@ -107,6 +108,7 @@ class Pool:
 
 @dataclass(slots=True)
 class _Running:
+    number: int
     task: Task
     place: Place
     process: subprocess.Popen[str]

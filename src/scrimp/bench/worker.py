@@ -123,6 +123,7 @@ def describe(task: Task, place: Place) -> None:
             "data_tokens": report.tokens,
             "fingerprint": prepared.corpus.fingerprint,
             "device": device.type,
+            "predicted_bytes": resolved.ledger.peak.total,
         }
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scrimp.bench.peers import PEERS, install_line, installed_version
 from scrimp.cli.guard import print_json
 from scrimp.methods import METHODS, PIECES, Method
 from scrimp.reported import reported, sentence
@@ -17,10 +18,14 @@ def methods(
         bool, typer.Option("--json", help="Write the catalogue as one JSON document.")
     ] = False,
 ) -> None:
-    """List the methods, and the pieces that a recipe can name."""
+    """List the methods, the pieces that a recipe can name, and the peers that the bench knows."""
     if as_json:
         print_json(
-            {"methods": [_plain(method) for method in METHODS], "pieces": [asdict(piece) for piece in PIECES]}
+            {
+                "methods": [_plain(method) for method in METHODS],
+                "pieces": [asdict(piece) for piece in PIECES],
+                "peers": [{**asdict(peer), "version": installed_version(peer)} for peer in PEERS],
+            }
         )
         return
     from rich.console import Console
@@ -38,6 +43,10 @@ def methods(
     for piece in PIECES:
         pieces_table.add_row(piece.choice, piece.name, piece.summary)
     console.print(pieces_table)
+    peers_table = Table("peer", "what it is", "here", title="Peers of scrimp bench", title_justify="left")
+    for peer in PEERS:
+        peers_table.add_row(peer.name, peer.summary, installed_version(peer) or install_line(peer))
+    console.print(peers_table)
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from scrimp.base.units import format_bytes, format_count
@@ -73,11 +72,6 @@ def _most(row: Row) -> float | None:
     return max(found, default=None)
 
 
-def _rate(row: Row) -> float | None:
-    found = [value for value in (row.get("train") or {}).get("tokens_per_s") or () if value is not None]
-    return median(found) if found else None
-
-
 def _plan_error(row: Row) -> Cell | None:
     """How far the measured peak lies above the plan, as a share of what was measured."""
     measured, predicted = _most(row), row.get("predicted_bytes")
@@ -113,7 +107,7 @@ def _headlines(rows: Sequence[Row]) -> str:
         Column("steps", "", lambda row: number(row.get("steps"), "{:,}".format)),
         Column("tokens", "", lambda row: number(_last(row, "train", "tokens"), format_count)),
         Column("parameters", "", lambda row: number(row.get("parameters"), format_count)),
-        Column("tokens/s", "median", lambda row: number(_rate(row), "{:,.0f}".format)),
+        Column("tokens/s", "median", lambda row: number(row.get("tokens_per_s"), "{:,.0f}".format)),
         Column("peak memory", "measured", lambda row: number(_most(row), format_bytes)),
         Column("planned", "", lambda row: number(row.get("predicted_bytes"), format_bytes)),
         Column("plan error", "of the measured", _plan_error),
