@@ -1,4 +1,4 @@
-"""Write `docs/results.md` and its pictures from the suites' committed documents.
+"""Write `docs/results.md`, its pictures and reports from the suites' committed documents.
 
 `python scripts/results_page.py` reads `benchmarks/results/bench-SUITE.json`, each written by `scrimp bench`,
 the suites inside `benchmarks/results/gpu*.json`, and for each a reading, `benchmarks/readings/NAME.md`
@@ -24,6 +24,7 @@ from typing import Any
 
 from scrimp.base.units import format_bytes, format_count, format_duration
 from scrimp.bench.suites import SUITES
+from scrimp.report.page import write_page
 from scrimp.report.suite_cells import (
     absences,
     columns,
@@ -115,6 +116,11 @@ def pictures(name: str, document: Document) -> list[Path]:
     return [ASSETS / f"{name}-{picture}.svg" for picture in names(document)]
 
 
+def report(name: str) -> Path:
+    """Return where a document's interactive report belongs."""
+    return ASSETS / f"{name}.html"
+
+
 def filled(reading: str, document: Document) -> str:
     """Return a reading with its placeholders filled in.
 
@@ -188,6 +194,7 @@ def _section(name: str, document: Document, readings: Path) -> str:
     parts.append(f"In the table: {_cell(legend(document))}.")
     listed = [*absences(document), *(("note", note) for note in document["notes"])]
     parts += ["\n".join(f"- {label}: {_cell(text)}" for label, text in listed)] if listed else []
+    parts.append(f"[All of it, to sort, filter and look closer](assets/{report(name).name})")
     parts += _shown(name, document)
     parts += _papers(document)
     parts.append(_measured_on(document))
@@ -264,11 +271,13 @@ def main() -> int:
     wanted = []
     for name, document in documents():
         wanted += write_plots(document, ASSETS, prefix=f"{name}-", kinds=("svg",))
-    for path in [*ASSETS.glob("bench-*.svg"), *ASSETS.glob("gpu*.svg")]:
+        wanted.append(report(name))
+        write_page(document, wanted[-1])
+    for path in [*ASSETS.glob("bench-*.*"), *ASSETS.glob("gpu*.*")]:
         if path not in wanted:
             path.unlink()
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)} and {len(wanted)} pictures")
+    print(f"wrote {PAGE.relative_to(ROOT)} and {len(wanted)} pictures and reports")
     return 0
 
 

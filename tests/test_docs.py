@@ -106,7 +106,8 @@ def test_results_page_is_what_the_suites_documents_say(suites: ModuleType) -> No
     assert page.count("\n## ") >= len(suites.SUITES)
 
 
-def test_pictures_of_the_results_are_drawn_from_the_committed_documents(suites: ModuleType) -> None:
+def test_pictures_and_reports_of_the_results_are_of_the_committed_documents(suites: ModuleType) -> None:
+    from scrimp.report.page import page as report_page
     from scrimp.report.suite_plots import fingerprint
 
     wanted = set()
@@ -114,7 +115,9 @@ def test_pictures_of_the_results_are_drawn_from_the_committed_documents(suites: 
         for path in suites.pictures(name, document):
             assert fingerprint(document) in path.read_text(encoding="utf-8"), path.name
             wanted.add(path.name)
-    there = {path.name for pattern in ("bench-*", "gpu*") for path in suites.ASSETS.glob(f"{pattern}.svg")}
+        assert suites.report(name).read_text(encoding="utf-8") == report_page(document), name
+        wanted.add(suites.report(name).name)
+    there = {path.name for pattern in ("bench-*", "gpu*") for path in suites.ASSETS.glob(f"{pattern}.*")}
     assert there == wanted, "run: python scripts/results_page.py"
 
 
