@@ -76,3 +76,9 @@ def test_a_short_curve_stays_whole_and_a_stretch_that_diverged_has_no_mean() -> 
 def test_a_spread_holds_all_its_values() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "lowest": 1.0, "highest": 3.0, "all": [3.0, 1.0, 2.0]}
     assert spread([]) is None
+
+
+def test_a_run_that_diverged_is_worse_than_any_other() -> None:
+    assert spread([1.0, None, 2.0]) == {"median": 2.0, "lowest": 1.0, "highest": 2.0, "all": [1.0, 2.0]}
+    assert spread([1.0, None]) is None
+    assert spread([None, None, 2.0]) is None

@@ -122,6 +122,7 @@ class Bench:
         pool: Does the tasks.
         say: Told how it goes.
         load: Watches the machine.
+        earlier: Seconds that were spent on it before, where it was stopped.
         entries: The contestants.
         reference: The one that the others are held against: AdamW where it competes, else the first.
         job: What the job was found to be.
@@ -133,6 +134,7 @@ class Bench:
     pool: Pool
     say: Say
     load: LoadWatch
+    earlier: float = 0.0
     entries: list[Entry] = field(default_factory=list)
     reference: Entry = field(init=False)
     job: dict[str, Any] = field(default_factory=dict)

@@ -36,7 +36,7 @@ def document(bench: Bench) -> dict[str, Any]:
         "made": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "command": [Path(word).name if Path(word).is_absolute() else word for word in ask.command],
         "busy": bool(disturbed),
-        "seconds": round(bench.load.seconds, 1),
+        "seconds": round(bench.earlier + bench.load.seconds, 1),
         "notes": _notes(bench, disturbed),
         "environment": environment(packages, device=bench.job["device"]),
         "load": bench.load.end()[0],
@@ -66,8 +66,8 @@ def _runs(entry: Entry) -> list[dict[str, Any]]:
 
 
 def _target(reference: Entry) -> float | None:
-    losses = [run["loss"] for run in _runs(reference) if run["loss"] is not None]
-    return float(f"{statistics.median(losses) * TARGET_ROOM:.6g}") if losses else None
+    losses = spread([run["loss"] for run in _runs(reference)])
+    return None if losses is None else float(f"{losses['median'] * TARGET_ROOM:.6g}")
 
 
 def _job(bench: Bench) -> dict[str, Any]:
@@ -81,8 +81,8 @@ def _job(bench: Bench) -> dict[str, Any]:
         "init": recipe["model.init"],
         "data": bench.job["data"],
         "fingerprint": bench.job["fingerprint"],
-        "tokens": steps * recipe["batch"] * recipe["seq"],
-        "steps": steps,
+        "tokens": steps * recipe["batch"] * recipe["seq"] if ask.trials else None,
+        "steps": steps if ask.trials else None,
         "batch": recipe["batch"],
         "seq": recipe["seq"],
         "precision": recipe["precision"],
@@ -108,20 +108,31 @@ def _row(entry: Entry, bench: Bench, target: float | None) -> dict[str, Any]:
         "package": None if peer is None else " ".join(filter(None, [peer.package, version])),
         "settings": first.get("settings", {}),
         "status": _status(entry, bench),
-        "why": entry.missing or entry.failed,
+        "why": entry.missing or entry.failed or _diverged(entry, runs),
         "lr": runs[0]["lr"] if runs else None,
         "lr_at_edge": bool(runs) and bench.ask.trials > 1 and at_edge(runs[0]["lr"], tried),
         "trials": [{key: trial[key] for key in ("lr", "seed", "loss")} for trial in entry.trials],
-        "loss": _spread(runs, "loss"),
-        "bits_per_byte": _spread(runs, "bits_per_byte"),
+        "loss": spread([run["found"]["loss"] for run in runs]),
+        "bits_per_byte": spread([run["found"]["bits_per_byte"] for run in runs]),
         "to_target": _to_target(entry, runs, target),
         **{key: first.get(key) for key in ("state_bytes", "tensor_bytes", "predicted_bytes", "memory")},
         "trained": first.get("trained"),
         "peak_bytes": round(statistics.median(run["found"]["peak_bytes"] for run in runs)) if runs else None,
         **_speed(entry, bench.entries),
-        "curves": [{"seed": run["seed"], "lr": run["lr"], **run["found"]["curve"]} for run in runs],
+        "curves": [
+            {"seed": run["seed"], "lr": run["lr"], "loss": run["loss"], **run["found"]["curve"]}
+            for run in runs
+        ],
         "reported": [one.plain() for one in reported(contestant.paper)] if contestant.paper else [],
     }
+
+
+def _diverged(entry: Entry, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Say which of a contestant's runs diverged, where that changes what its figures mean."""
+    if entry.trials and not runs:
+        return "diverged at every learning rate tried"
+    lost = sum(run["loss"] is None for run in runs)
+    return f"{lost} of {len(runs)} seeds diverged" if lost else ""
 
 
 def _status(entry: Entry, bench: Bench) -> str:
@@ -134,11 +145,6 @@ def _status(entry: Entry, bench: Bench) -> str:
     diverged = searched and best(entry.trials) is None
     whole = searched and (diverged or len(_runs(entry)) == expected)
     return "done" if whole and (entry.speeds or not bench.ask.pairs) else "partial"
-
-
-def _spread(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
-    values = [run["found"][key] for run in runs]
-    return spread([value for value in values if value is not None])
 
 
 def _to_target(

@@ -55,13 +55,23 @@ def at_edge(lr: float, tried: Sequence[float]) -> bool:
     return len(tried) > 1 and lr in (min(tried), max(tried))
 
 
-def spread(values: Sequence[float], *, digits: int = 6) -> dict[str, Any] | None:
-    """Return the median of some numbers, and how far they lie apart; None of none."""
-    if not values:
+def spread(values: Sequence[float | None], *, digits: int = 6) -> dict[str, Any] | None:
+    """Return the median of some numbers, and how far they lie apart.
+
+    Args:
+        values: A run that diverged has None, which is higher than any number.
+        digits: Significant ones to keep.
+
+    Returns:
+        `median`, `lowest`, `highest` and `all` of the numbers; None where half of them or more are missing.
+    """
+    finite = [value for value in values if value is not None]
+    if 2 * len(finite) <= len(values):
         return None
-    shown = [float(f"{value:.{digits}g}") for value in values]
+    median = statistics.median(math.inf if value is None else value for value in values)
+    shown = [float(f"{value:.{digits}g}") for value in finite]
     return {
-        "median": float(f"{statistics.median(values):.{digits}g}"),
+        "median": float(f"{median:.{digits}g}"),
         "lowest": min(shown),
         "highest": max(shown),
         "all": shown,

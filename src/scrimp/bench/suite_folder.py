@@ -9,6 +9,7 @@ base/          the fine-tuning suite's own model and text
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,8 @@ class SuiteFolder:
         if ask.suite.tunes:
             made = trained_model(self.path / "base", ask.stated, say)
             ask = replace(ask, stated={**made, **ask.stated})
-        bench = Bench(ask, Pool(self.path / "tasks", ask.jobs, say, ask.again), say, load)
+        pool = Pool(self.path / "tasks", ask.jobs, say, ask.again)
+        bench = Bench(ask, pool, say, load, self._seconds_before())
         for _ in bench.run():
             self._write(document(bench))
         found = document(bench)
@@ -70,8 +72,14 @@ class SuiteFolder:
             from scrimp.report.suite_plots import write_plots
 
             write_plots(found, self.path)
+        else:
+            say("no pictures: they need matplotlib, pip install 'scrimp[plots]'")
         say(f"wrote {self.path / 'report.html'}")
         return found
+
+    def _seconds_before(self) -> float:
+        path = self.path / "bench.json"
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
 
     def _write(self, found: dict[str, Any]) -> None:
         files.write_json(self.path / "bench.json", found)
