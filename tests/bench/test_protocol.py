@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from scrimp.bench.entries import Run
 from scrimp.bench.protocol import POINTS, at_edge, best, rates, spread, thinned, to_target, turn_order
 
 
@@ -24,17 +25,22 @@ def test_two_contestants_with_ratios_search_the_same_span() -> None:
     assert [10 * rate for rate in rates(0.001, 3)] == pytest.approx(rates(0.01, 3), rel=0.01)
 
 
+def _trial(lr: float, loss: float | None) -> Run:
+    return Run(lr=lr, seed=0, loss=loss)
+
+
 def test_the_best_trial_has_the_lowest_finite_loss() -> None:
-    trials = [{"lr": 0.1, "loss": None}, {"lr": 0.01, "loss": 2.0}, {"lr": 0.001, "loss": 2.0}]
-    assert best(trials) == {"lr": 0.001, "loss": 2.0}
+    trials = [_trial(0.1, None), _trial(0.01, 2.0), _trial(0.001, 2.0)]
+    assert best(trials) == trials[2]
     assert best(trials[:1]) is None
 
 
-def test_an_edge_is_the_smallest_or_largest_of_several() -> None:
-    assert at_edge(0.1, [0.1, 0.01, 0.001])
-    assert at_edge(0.001, [0.1, 0.01, 0.001])
-    assert not at_edge(0.01, [0.1, 0.01, 0.001])
-    assert not at_edge(0.01, [0.01])
+def test_an_edge_is_the_smallest_or_largest_of_several_that_differ() -> None:
+    trials = [_trial(0.1, 3.0), _trial(0.01, 2.0), _trial(0.001, 1.0)]
+    assert [at_edge(trial, trials) for trial in trials] == [True, False, True]
+    assert not at_edge(trials[0], trials[:1])
+    # A method that finds its rate itself does not care which one it is given.
+    assert not at_edge(_trial(0.1, 2.0), [_trial(0.1, 2.0), _trial(0.01, 2.0)])
 
 
 def test_the_target_is_reached_at_the_first_evaluation_at_or_below_it() -> None:

@@ -1,18 +1,17 @@
-"""A suite from its first process to its document.
+"""A suite from its first process to its last.
 
-    describe ─> speed in turns ─> tuning trials ─> more seeds at the best rate ─> bench.json
+    describe ─> speed in turns ─> tuning trials ─> more seeds at the best rate
 
 Trials go round by round: every contestant's first rate, then every contestant's second, so that an hour in
-which the machine was slow falls on all. The document is written after every step, so that a suite that was
-stopped still shows what it found; the same command goes on with what is missing.
+which the machine was slow falls on all. What one contestant does wrong costs that contestant alone.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from scrimp import laws
@@ -20,92 +19,23 @@ from scrimp.base import platform
 from scrimp.base.errors import ScrimpError
 from scrimp.base.units import format_duration
 from scrimp.bench.contestants import Contestant
+from scrimp.bench.entries import Ask, Entry, Run
 from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
-from scrimp.bench.protocol import best, rates
-from scrimp.bench.suites import REFERENCE, STATED, Suite
+from scrimp.bench.protocol import rates
+from scrimp.bench.suites import REFERENCE
 from scrimp.bench.tasks import Mode, Place, Task
-from scrimp.bench.turns import compare
+from scrimp.bench.turns import PlayerError, compare
 
 Say = Callable[[str], None]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """What a suite is asked to do.
-
-    Attributes:
-        suite: The suite.
-        contestants: Who competes.
-        stated: Fields of the recipe that the user gave, by dotted name.
-        trials: Learning rates each may try.
-        seeds: Runs at the best rate.
-        pairs: Turns against the reference.
-        jobs: Learning runs side by side.
-        seconds: Training time for each contestant in place of steps; None trains all for the same steps.
-        cache: Folder of the token files; None is the platform's.
-        trust_remote_code: Whether the model's own code may run.
-        again: Do even what was done before.
-        command: What the user typed.
-    """
-
-    suite: Suite
-    contestants: Sequence[Contestant]
-    stated: Mapping[str, Any]
-    trials: int
-    seeds: int
-    pairs: int
-    jobs: int
-    seconds: float | None = None
-    cache: Path | None = None
-    trust_remote_code: bool = False
-    again: bool = False
-    command: Sequence[str] = ()
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The job, by dotted fields of a recipe."""
-        length = {"steps", "tokens"}
-        own = {
-            name: value
-            for name, value in self.suite.recipe.items()
-            if name not in length or not length & self.stated.keys()
-        }
-        return {**STATED, **own, **self.stated}
-
-
-@dataclass(slots=True)
-class Entry:
-    """What is known of a contestant so far.
-
-    Attributes:
-        contestant: It.
-        missing: What it needs and is not there; empty where it can compete.
-        failed: Why it stopped competing; empty where it did not.
-        steps: Optimizer steps of its learning runs.
-        trials: Tuning trials, each with `lr`, `seed`, `loss` and the whole `found`.
-        runs: The runs at its best rate, one a seed.
-        speeds: Its turns, and the reference's beside them.
-        others_share: Of all cores' time, what other programs took meanwhile.
-    """
-
-    contestant: Contestant
-    missing: str = ""
-    failed: str = ""
-    steps: int = 0
-    trials: list[dict[str, Any]] = field(default_factory=list)
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    speeds: dict[str, list[float]] = field(default_factory=dict)
-    others_share: float = 0.0
-
-    @property
-    def competes(self) -> bool:
-        """Whether it is there and has not failed."""
-        return not self.missing and not self.failed
+LONGEST_TURN = 200  # steps: what the projecting methods of the papers have between two refreshes
+NO_LIMIT = "1024TiB"
+TURN_LR = 1e-6  # whatever the rate, a step takes as long; at this one nothing diverges
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Planned:
     """A learning run to be done."""
 
     entry: Entry
@@ -142,6 +72,12 @@ class Bench:
     law: str = ""
     _took: dict[Mode, list[float]] = field(default_factory=dict)
 
+    @property
+    def turn_steps(self) -> int:
+        """Optimizer steps a turn: what projecting peers have from one refresh to the next (`adapters`)."""
+        steps: int = self.job["recipe"]["steps"]
+        return min(LONGEST_TURN, math.ceil(steps / 10))
+
     def run(self) -> Iterator[None]:
         """Run the suite, and yield whenever there is something new to write down.
 
@@ -151,63 +87,69 @@ class Bench:
         self._describe()
         self._admit()
         yield
-        for entry in self._competing() if self.ask.pairs else ():
-            self._take_turns(entry)
-            yield
+        if self.ask.pairs:
+            yield from self._all_turns()
+        if not self.ask.trials:
+            return
         self._set_lengths()
         for number in range(self.ask.trials):
             yield from self._round(self._trials(number))
+        for entry in self._competing():
+            if not any(trial.found for trial in entry.trials):
+                self._fail(entry, entry.trials[0].why)
         for number in range(1, self.ask.seeds):
             yield from self._round(self._seeds(number))
 
     def _competing(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.competes]
 
+    def _fail(self, entry: Entry, why: str) -> None:
+        entry.failed = why
+        self.say(f"{entry.contestant.name}: failed; {why}")
+
+    def _describe(self) -> None:
+        """Find out what the job is; this also tokenises its text, once for all."""
+        self.say("reading the job")
+        found = self.pool.now(
+            self._task("describe", Contestant(name=REFERENCE, title=REFERENCE), self.ask.recipe)
+        )
+        if found["status"] != "done":
+            raise ScrimpError(found["why"])
+        if self.ask.trials and not found["held_out"]:
+            raise ScrimpError("data.held_out 0: a suite compares held-out losses; raise --data.held-out")
+        self.job = found
+        on_cpu = found["device"] == "cpu"
+        self.pool.jobs = self.ask.jobs or (self._free_cores() if on_cpu else 1)
+        if on_cpu:
+            room = platform.available_memory_bytes() // found["predicted_bytes"]
+            self.pool.jobs = max(1, min(self.pool.jobs, room))
+
+    def _free_cores(self) -> int:
+        return max(1, platform.usable_cores() // (self.ask.recipe.get("threads") or 1))
+
     def _admit(self) -> None:
-        """Find out who can compete, and whom the others are held against.
+        """Find out who can compete.
 
         Raises:
             ScrimpError: Nobody can.
         """
         device = self.job["device"]
-        missing = {one.name: one.why_missing(device) for one in self.ask.contestants}
-        self.entries = [Entry(one, missing=missing[one.name]) for one in self.ask.contestants]
-        for name, why in missing.items():
-            if why:
-                self.say(f"{name}: not here; {why}")
+        self.entries = [Entry(one, missing=one.why_missing(device)) for one in self.ask.contestants]
+        for entry in self.entries:
+            if entry.missing:
+                self.say(f"{entry.contestant.name}: not here; {entry.missing}")
+        if not self._competing():
+            raise ScrimpError(f"methods: nobody can compete here; {self.entries[0].missing}")
+        self._choose_reference()
+
+    def _choose_reference(self) -> None:
         competing = self._competing()
-        if not competing:
-            raise ScrimpError(f"methods: nobody can compete here; {next(iter(missing.values()))}")
         usual = [entry for entry in competing if entry.contestant.name == REFERENCE]
-        self.reference = [*usual, *competing][0]
+        self.reference = [*usual, *competing, *self.entries][0]
 
-    def _describe(self) -> None:
-        """Find out what the job is; this also tokenises its text, once for all."""
-        self.say("reading the job")
-        task = self._task("describe", Contestant(name=REFERENCE, title=REFERENCE), self.ask.recipe)
-        for _, found in self.pool.do([task]):
-            if found["status"] != "done":
-                raise ScrimpError(found["why"])
-            self.job = found
-        if found["device"] == "cpu":
-            room = platform.available_memory_bytes() // found["predicted_bytes"]
-            self.pool.jobs = max(1, min(self.pool.jobs, room))
-        self._find_centre()
-
-    def _find_centre(self) -> None:
-        """Choose the rate that the search is around."""
-        recipe = self.job["recipe"]
-        tokens = recipe["steps"] * recipe["batch"] * recipe["seq"]
-        stated = self.ask.recipe.get("optimizer.lr")
-        if stated not in (None, "auto"):
-            self.centre, self.law = float(stated), "stated"
-        elif recipe["model.init"] == "weights":
-            self.centre, self.law = recipe["optimizer.lr"], "the default for fine-tuning"
-        else:
-            guess = laws.steplaw_lr(self.job["non_embedding"], tokens)
-            self.centre, self.law = guess.value, guess.source
-
-    def _task(self, mode: Mode, contestant: Contestant, recipe: Mapping[str, Any]) -> Task:
+    def _task(
+        self, mode: Mode, contestant: Contestant, recipe: Mapping[str, Any], *, against: str = ""
+    ) -> Task:
         merged = {**recipe, **contestant.recipe}
         return Task(
             mode=mode,
@@ -215,111 +157,138 @@ class Bench:
             suite=self.ask.suite.name,
             recipe={name: value for name, value in merged.items() if value is not None},
             peer=None if contestant.peer is None else contestant.peer.name,
+            facts=self.job.get("facts", ""),
+            against=against,
             cache=None if self.ask.cache is None else str(self.ask.cache),
             trust_remote_code=self.ask.trust_remote_code,
         )
 
-    def _recipe(self, **changes: Any) -> dict[str, Any]:
-        """Return the job's recipe with what a run of it needs stated; `__` in a name stands for a dot."""
+    def _recipe(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the job's recipe with what a run of it needs stated.
+
+        Memory has no limit here: one that does not fit is to fail by itself, and not by what the recipe of
+        AdamW would need.
+        """
         found, asked = self.job["recipe"], self.ask.recipe
-        settled = ("batch", "micro_batch", "seq", "model.name", "data.path", "data.tokenizer")
-        held = {name: found[name] for name in settled}
-        changed = {name.replace("__", "."): value for name, value in changes.items()}
         asked.pop("tokens", None)
-        return {**asked, **held, **changed}
+        settled = ("batch", "micro_batch", "seq", "model.name", "data.path", "data.tokenizer")
+        return {**asked, "memory": NO_LIMIT, **{name: found[name] for name in settled}, **changes}
+
+    def _all_turns(self) -> Iterator[None]:
+        """Measure everybody's speed; where the reference fails, all begin anew with another one."""
+        for entry in self._competing():
+            if entry.competes:
+                self._take_turns(entry)
+                yield
+            if not self.reference.competes:
+                self._choose_reference()
+                for other in self.entries:
+                    other.turns = {}
+                yield from self._all_turns()
+                return
 
     def _take_turns(self, entry: Entry) -> None:
         """Measure a contestant's speed beside the reference's."""
-        suite, pairs = self.ask.suite, self.ask.pairs
+        pairs, steps = self.ask.pairs, self.turn_steps
         # As long as a learning run, where settings of a peer depend on that.
-        steps = max(self.job["recipe"]["steps"], (pairs + 1) * suite.turn_steps + 1)
-        recipe = self._recipe(steps=steps, optimizer__lr=self.centre, evaluation__every=steps)
-        task = self._task("turns", entry.contestant, recipe)
+        total = max(self.job["recipe"]["steps"], (pairs + 1) * steps + 1)
+        never = {"evaluation.every": total, "checkpoint.every": total}
+        recipe = self._recipe({"steps": total, "optimizer.lr": TURN_LR, **never})
+        other = self._task("turns", self.reference.contestant, recipe)
+        against = f"{self.pool.place(other).path.name}, {pairs} x {steps}"
+        task = self._task("turns", entry.contestant, recipe, against=against)
         place, found = self.pool.place(task), self.pool.cached(task)
         if found is None:
             load = LoadWatch()
-            other = self._task("turns", self.reference.contestant, recipe)
             reference = Place(place.path / "reference")
             place.prepare(task)
             reference.prepare(other)
             try:
-                speeds = compare(place, reference, pairs=pairs, steps=suite.turn_steps)
-            except ScrimpError as error:
-                found = {"status": "failed", "why": str(error)}
-            else:
-                found = {"status": "done", "speeds": speeds, "others_share": load.others_share()}
+                found = {"status": "done", **compare(place, reference, pairs=pairs, steps=steps)}
+            except PlayerError as error:
+                failed = self.reference if error.is_reference else entry
+                self._fail(failed, str(error))
+                return
+            found["others_share"] = load.others_share()
             place.write_result(found)
             self._took.setdefault("turns", []).append(load.seconds)
-        if found["status"] == "failed":
-            entry.failed = found["why"]
-            self.say(f"{entry.contestant.name}: failed; {entry.failed}")
-            return
-        entry.speeds, entry.others_share = found["speeds"], found["others_share"]
-        mine, theirs = entry.speeds["contestant"], entry.speeds["reference"]
+        entry.turns = found
+        mine, theirs = found["speeds"]["contestant"], found["speeds"]["reference"]
         ratio = statistics.median(own / other for own, other in zip(mine, theirs, strict=True))
         self.say(f"{entry.contestant.name}: {ratio:.2f} x the reference's speed{self._left()}")
 
     def _set_lengths(self) -> None:
-        recipe = self.job["recipe"]
+        """Say how long each contestant learns, and around which rate it searches."""
+        recipe, seconds = self.job["recipe"], self.ask.seconds
+        tokens = recipe["batch"] * recipe["seq"]
         for entry in self._competing():
             entry.steps = recipe["steps"]
-            if self.ask.seconds is not None:
-                speed = statistics.median(entry.speeds["contestant"])
-                entry.steps = max(1, int(self.ask.seconds * speed / (recipe["batch"] * recipe["seq"])))
+            if seconds is not None:
+                entry.steps = max(1, int(seconds * entry.speed / tokens))
+        stated = self.ask.recipe.get("optimizer.lr")
+        if stated not in (None, "auto"):
+            self.centre = float(stated)
+            self.law = "stated" if "optimizer.lr" in self.ask.stated else "the suite's own"
+        elif recipe["model.init"] == "weights":
+            self.centre, self.law = recipe["optimizer.lr"], "the default for fine-tuning"
+        else:
+            guess = laws.steplaw_lr(self.job["non_embedding"], self.reference.steps * tokens)
+            self.centre, self.law = guess.value, guess.source
 
-    def _trials(self, number: int) -> list[Run]:
+    def _trials(self, number: int) -> list[Planned]:
         """Return the runs of one round of the search; each round begins with another contestant."""
         first = self.job["recipe"]["seed"]
         tried = [
-            Run(entry, rates(self.centre * entry.contestant.lr_ratio, self.ask.trials)[number], first)
+            Planned(entry, rates(self.centre * entry.contestant.lr_ratio, self.ask.trials)[number], first)
             for entry in self._competing()
         ]
         return tried[number:] + tried[:number]
 
-    def _seeds(self, number: int) -> list[Run]:
-        first = self.job["recipe"]["seed"]
-        found = [(entry, best(entry.trials)) for entry in self._competing()]
-        return [Run(entry, trial["lr"], first + number) for entry, trial in found if trial is not None]
+    def _seeds(self, number: int) -> list[Planned]:
+        seed = self.job["recipe"]["seed"] + number
+        found = [(entry, entry.best) for entry in self._competing()]
+        return [Planned(entry, run.lr, seed) for entry, run in found if run is not None]
 
-    def _round(self, runs: Sequence[Run]) -> Iterator[None]:
+    def _round(self, runs: Sequence[Planned]) -> Iterator[None]:
         for number, found in self.pool.do([self._training(run) for run in runs]):
             self._note(runs[number], found)
             yield
 
-    def _training(self, run: Run) -> Task:
-        steps = run.entry.steps
-        recipe = self._recipe(
-            steps=steps,
-            optimizer__lr=run.lr,
-            seed=run.seed,
-            evaluation__every=max(1, steps // max(1, self.ask.suite.evaluations)),
-            checkpoint__every=steps,
-            threads=self.ask.recipe.get("threads") or (1 if self.job["device"] == "cpu" else None),
-        )
-        return self._task("train", run.entry.contestant, recipe)
+    def _training(self, run: Planned) -> Task:
+        steps, asked, on_cpu = run.entry.steps, self.ask.recipe, self.job["device"] == "cpu"
+        changes = {
+            "steps": steps,
+            "optimizer.lr": run.lr,
+            "seed": run.seed,
+            "evaluation.every": asked.get("evaluation.every")
+            or max(1, steps // max(1, self.ask.suite.evaluations)),
+            "checkpoint.every": steps,
+            "threads": asked.get("threads") or (1 if on_cpu else None),
+            "deterministic": not on_cpu,
+        }
+        return self._task("train", run.entry.contestant, self._recipe(changes))
 
-    def _note(self, run: Run, found: dict[str, Any]) -> None:
-        entry = run.entry
-        name = entry.contestant.name
+    def _note(self, planned: Planned, found: Mapping[str, Any]) -> None:
+        entry, lr, seed = planned.entry, planned.lr, planned.seed
         if found["status"] == "failed":
-            entry.failed = found["why"]
-            self.say(f"{name}: failed; {entry.failed}")
-            return
-        self._took.setdefault("train", []).append(found["seconds"])
-        done = {"lr": run.lr, "seed": run.seed, "loss": found["loss"], "found": found}
-        (entry.trials if run.seed == self.job["recipe"]["seed"] else entry.runs).append(done)
-        loss = "diverged" if found["loss"] is None else f"held-out loss {found['loss']:.4f}"
-        self.say(f"{name}, lr {run.lr:g}, seed {run.seed}: {loss}{self._left()}")
+            run, said = Run(lr=lr, seed=seed, loss=None, why=found["why"]), f"failed; {found['why']}"
+        else:
+            self._took.setdefault("train", []).append(found["seconds"])
+            run = Run(lr=lr, seed=seed, loss=found["loss"], found=found)
+            said = "diverged" if run.loss is None else f"held-out loss {run.loss:.4f}"
+        (entry.trials if seed == self.job["recipe"]["seed"] else entry.more).append(run)
+        self.say(f"{entry.contestant.name}, lr {lr:g}, seed {seed}: {said}{self._left()}")
 
     def _left(self) -> str:
         """Say about how long the rest will take, by what took so long so far."""
         competing = self._competing()
-        turns = sum(not entry.speeds for entry in competing) if self.ask.pairs else 0
-        done = sum(len(entry.trials) + len(entry.runs) for entry in competing)
-        runs = len(competing) * (self.ask.trials + max(0, self.ask.seeds - 1)) - done
+        turns = sum(not entry.turns for entry in competing) if self.ask.pairs else 0
+        done = sum(len(entry.trials) + len(entry.more) for entry in competing)
+        runs = len(competing) * (self.ask.trials + max(0, self.ask.runs_each - 1)) - done
         left = 0.0
-        for mode, count, width in (("turns", turns, 1), ("train", runs, self.ask.jobs)):
-            took = self._took.get(mode, [])  # type: ignore[call-overload]
+        waiting: list[tuple[Mode, int, int]] = [("turns", turns, 1), ("train", runs, self.pool.jobs)]
+        for mode, count, width in waiting:
+            took = self._took.get(mode, [])
             if count and not took:
                 return ""
             left += count * statistics.fmean(took) / width if count else 0.0

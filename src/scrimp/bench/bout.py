@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
+from scrimp.base.errors import ScrimpError
 from scrimp.bench.peers import Peer
 from scrimp.build import Inputs, Job, build
 from scrimp.memory.heap import choose_policy, returning, trimming
@@ -51,10 +54,13 @@ class Bout:
     progress: Progress = field(default_factory=Progress)
 
     @property
-    def loss_is_finite(self) -> bool:
-        """Whether the last step's loss and gradient are."""
+    def is_finite(self) -> bool:
+        """Whether the last step's loss is, and the gradients that are there now."""
         last = self.progress.last
-        return last is None or math.isfinite(last.loss + last.grad_norm)
+        if last is not None and not math.isfinite(last.loss + last.grad_norm):
+            return False
+        gradients = [p.grad for p in self.job.trained.values() if p.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
     def run(self, metrics: MetricsFile | None, reporter: LineReporter) -> None:
         """Run all steps of the job.
@@ -119,6 +125,8 @@ class _PeerLoop:
             self._write(self.metrics, step, loss, seconds)
         recipe = self.bout.job.recipe
         assert recipe.steps is not None
+        if not math.isfinite(loss):
+            raise ScrimpError(f"the loss at step {step} is {loss}")
         self.reporter.tick(
             Tick(
                 step=step,
@@ -175,9 +183,10 @@ def bout(inputs: Inputs, peer: Peer | None, reporter: LineReporter) -> Iterator[
     """
     prepared, device, resolved = plan(inputs, reporter)
     meter = PeakMeter(device)
-    # What keeps our own runs within their prediction is no part of a peer.
-    ours = peer is None and device.type == "cpu"
-    heap = choose_policy(resolved.ledger, resolved.recipe) if ours else "leave"
+    # The same for all that run in our loop, for it costs time and saves memory.
+    in_our_loop = peer is None or not peer.brings_loop
+    on_cpu = device.type == "cpu"
+    heap = choose_policy(resolved.ledger, resolved.recipe) if in_our_loop and on_cpu else "leave"
     with process_state(resolved.recipe, device), returning(heap):
         job = build(prepared, resolved.recipe, resolved.ledger, empty=False, say=reporter.phase)
         settings: Mapping[str, Any] = {}

@@ -69,7 +69,8 @@ def contestants(names: Sequence[str], suite: Suite) -> list[Contestant]:
     Raises:
         ScrimpError: A name is unknown or stands twice, or one cannot compete in the suite.
     """
-    if list(names) == ["all"]:
+    names = [name.strip() for name in names]
+    if names == ["all"]:
         names = _everybody(suite)
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -128,12 +129,12 @@ def _ours(name: str, method: Method, others: Sequence[str]) -> Contestant:
     for other in others:
         field_, value = _piece(other)
         recipe[field_] = value
-    optimizer = method.pieces.get("optimizer")
+    optimizer = recipe.get("optimizer.name", STATED["optimizer.name"])
     return Contestant(
         name=name,
         title=" with ".join([method.name, ", ".join(others)]) if others else method.name,
         recipe=recipe,
-        lr_ratio=piece("optimizer", optimizer).lr_ratio if optimizer else 1.0,
+        lr_ratio=piece("optimizer", optimizer).lr_ratio,
         paper=method.name if reported(method.name) else None,
     )
 

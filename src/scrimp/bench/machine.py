@@ -74,7 +74,12 @@ class LoadWatch:
         return time.monotonic() - self._began
 
     def others_share(self) -> float:
-        """Return the share of all cores' time that programs which are not ours took so far."""
+        """Return the share of all cores' time that programs which are not ours took so far.
+
+        Windows does not tell what finished children took, so there it is 0.
+        """
+        if os.name == "nt":
+            return 0.0
         machine, own = (after - before for after, before in zip(_cpu_seconds(), self._cpu, strict=True))
         return round(max(0.0, machine - own) / max(1e-9, self.seconds * CORES), 3)
 

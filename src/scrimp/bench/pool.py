@@ -29,14 +29,14 @@ class Pool:
 
     Attributes:
         folder: Where their folders lie.
-        jobs: How many at once.
         say: Told once a minute what those that run say.
+        jobs: How many at once.
         again: Do even what was done before.
     """
 
     folder: Path
-    jobs: int
     say: Callable[[str], None]
+    jobs: int = 1
     again: bool = False
     _heard: float = 0.0
     _longest: float = 0.0
@@ -52,6 +52,15 @@ class Pool:
         place = self.place(task)
         found = place.result if not self.again or place.path in self._done else None
         return None if found is None or found["status"] == "failed" else found
+
+    def now(self, task: Task) -> dict[str, Any]:
+        """Do one task, whether it was done before or not."""
+        running = self._start(0, task)
+        try:
+            running.process.wait()
+        finally:
+            running.end()
+        return self._finish(running)
 
     def do(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Begin tasks in their order, and yield each one's number with what it found as it ends."""
@@ -101,7 +110,7 @@ class Pool:
             why = entry.late or entry.place.last_words()
             found = {"status": "failed", "why": why}
             entry.place.write_result(found)
-        elif found["status"] == "done":
+        elif entry.task.mode == "train":
             self._longest = max(self._longest, time.monotonic() - entry.began)
         return found
 

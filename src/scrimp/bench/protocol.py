@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 LR_FACTOR = 10**0.5
 TARGET_ROOM = 1.02
@@ -44,15 +44,32 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")  # a rate that a reader can type
 
 
-def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+class Trial(Protocol):
+    """A run of the search."""
+
+    @property
+    def lr(self) -> float:
+        """Its peak learning rate."""
+
+    @property
+    def loss(self) -> float | None:
+        """Held-out nats a token at its end; None where it diverged."""
+
+
+T = TypeVar("T", bound=Trial)
+
+
+def best(trials: Sequence[T]) -> T | None:
     """Return the trial with the lowest held-out loss, the smaller rate on a tie; None if none is finite."""
-    finite = [trial for trial in trials if trial["loss"] is not None]
-    return min(finite, key=lambda trial: (trial["loss"], trial["lr"]), default=None)
+    finite = [trial for trial in trials if trial.loss is not None]
+    return min(finite, key=lambda trial: (trial.loss, trial.lr), default=None)
 
 
-def at_edge(lr: float, tried: Sequence[float]) -> bool:
-    """Tell whether a rate is the smallest or largest of several that were tried."""
-    return len(tried) > 1 and lr in (min(tried), max(tried))
+def at_edge(chosen: Trial, trials: Sequence[Trial]) -> bool:
+    """Tell whether a search might go on: the best rate is its smallest or largest, and rates matter."""
+    tried = [trial.lr for trial in trials]
+    matters = len({trial.loss for trial in trials}) > 1  # some methods find their rate themselves
+    return matters and chosen.lr in (min(tried), max(tried))
 
 
 def spread(values: Sequence[float | None], *, digits: int = 6) -> dict[str, Any] | None:

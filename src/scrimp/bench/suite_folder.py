@@ -4,7 +4,7 @@ bench.json     the document, whole after every run
 report.html    the same for people
 loss.svg ...   pictures, where matplotlib is installed
 tasks/         every run with its metrics and what its process said
-base/          the fine-tuning suite's own model and text
+topics.jsonl   the fine-tuning suite's own text
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 from scrimp.base import extras, files
 from scrimp.base.errors import Interrupted, ScrimpError
 from scrimp.base.lock import run_lock
-from scrimp.bench.bench import Ask, Bench
+from scrimp.bench.bench import Bench
 from scrimp.bench.document import document
+from scrimp.bench.entries import Ask
 from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
 from scrimp.bench.trained_model import trained_model
@@ -59,10 +60,10 @@ class SuiteFolder:
 
     def _run(self, ask: Ask, say: Callable[[str], None]) -> dict[str, Any]:
         load = LoadWatch()
+        pool = Pool(self.path / "tasks", say, again=ask.again)
         if ask.suite.tunes:
-            made = trained_model(self.path / "base", ask.stated, say)
-            ask = replace(ask, stated={**made, **ask.stated})
-        pool = Pool(self.path / "tasks", ask.jobs, say, ask.again)
+            suite = replace(ask.suite, recipe={**ask.suite.recipe, **trained_model(self.path, ask, pool)})
+            ask = replace(ask, suite=suite)
         bench = Bench(ask, pool, say, load, self._seconds_before())
         for _ in bench.run():
             self._write(document(bench))
@@ -93,7 +94,7 @@ class SuiteFolder:
         """
         if self.path.is_dir():
             strange = any(entry.name != ".lock" for entry in self.path.iterdir())
-            if strange and not any((self.path / name).exists() for name in ("tasks", "bench.json", "base")):
+            if strange and not any((self.path / name).exists() for name in ("tasks", "bench.json")):
                 raise ScrimpError(f"{self.path} holds something else than a suite: choose another --out")
         elif self.path.exists():
             raise ScrimpError(f"{self.path} is a file: choose another --out")

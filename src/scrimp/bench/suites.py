@@ -16,8 +16,13 @@ from scrimp.base.suggest import did_you_mean
 
 REFERENCE = "adamw"
 STATED: Mapping[str, Any] = {
+    "weights.name": "dense",
+    "tune.name": "full",
+    "gradient.name": "backprop",
+    "optimizer.name": "adamw",
     "activations.name": "everything",
     "activations.loss": "logits",
+    "placement.name": "device",
     "precision": "fp32",
     "clip": 1.0,
     "nonfinite": "stop",
@@ -37,7 +42,6 @@ class Suite:
         seeds: Runs at the best rate, the trial's own among them.
         evaluations: Held-out losses along a run.
         pairs: Turns against the reference; 0 measures no speed.
-        turn_steps: Optimizer steps a turn.
         tunes: Whether it starts from a trained model, which is made first where none is named.
     """
 
@@ -49,7 +53,6 @@ class Suite:
     seeds: int = 3
     evaluations: int = 20
     pairs: int = 5
-    turn_steps: int = 10
     tunes: bool = False
 
 
@@ -142,12 +145,10 @@ SUITES: tuple[Suite, ...] = (
             "torchao",
             "transformers",
         ),
-        recipe={"model.name": "llama-20m", "batch": 4, "seq": 256},
+        recipe={"model.name": "llama-9m", "batch": 4, "seq": 256, "steps": 200},
         trials=0,
         seeds=0,
         evaluations=0,
-        pairs=7,
-        turn_steps=3,
     ),
 )
 

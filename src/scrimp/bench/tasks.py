@@ -19,8 +19,9 @@ from typing import Any, Literal
 from scrimp.base import files
 from scrimp.bench.machine import clean_env, installed_version
 
-Mode = Literal["describe", "train", "turns"]
-DECIDES = ("scrimp", "torch", "transformers", "numpy")
+Mode = Literal["describe", "base", "train", "turns"]
+DECIDES = ("scrimp", "torch", "transformers", "accelerate", "bitsandbytes", "numpy")
+ANSWER = "scrimp-bench: "  # begins a line that is meant for the suite
 LONGEST_LINE = 300
 
 
@@ -29,11 +30,13 @@ class Task:
     """One run of one contestant in a process of its own.
 
     Attributes:
-        mode: Describe the job, train to the end, or do a few steps whenever asked.
+        mode: Describe the job, make the model it starts from, train to the end, or do steps whenever asked.
         contestant: Its name.
         suite: The suite's name.
         recipe: The recipe, by dotted field.
         peer: The peer's name; None runs scrimp alone.
+        facts: What the files, the text and the device are that the recipe only names.
+        against: Of turns: whom they are taken with, and how many.
         cache: Folder of the token files; None is the platform's.
         trust_remote_code: Whether the model's own code may run.
     """
@@ -43,6 +46,8 @@ class Task:
     suite: str
     recipe: Mapping[str, Any]
     peer: str | None = None
+    facts: str = ""
+    against: str = ""
     cache: str | None = None
     trust_remote_code: bool = False
 
@@ -84,9 +89,13 @@ class Place:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What was found; None where it is not finished."""
+        """What was found; None where it is not finished, or the file is not what we wrote."""
         path = self.path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+            return None
+        return found if isinstance(found, dict) and "status" in found else None
 
     def write_result(self, found: Mapping[str, Any]) -> None:
         """Write what was found, all or nothing."""
@@ -112,7 +121,8 @@ class Place:
         Args:
             talks: Whether it is asked and answers, line by line, over its standard streams.
         """
-        command = [sys.executable, "-m", "scrimp.bench.worker", str(self.path)]
+        # -P: what lies in the working folder is not to stand in for a package.
+        command = [sys.executable, "-P", "-m", "scrimp.bench.worker", str(self.path)]
         with (self.path / "log.txt").open("w", encoding="utf-8") as log:
             return subprocess.Popen(
                 command,

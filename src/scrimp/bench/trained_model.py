@@ -7,34 +7,36 @@ reference (`pydoc_data.topics`), so that nothing is downloaded.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
+from scrimp.bench.entries import Ask
+from scrimp.bench.pool import Pool
+from scrimp.bench.tasks import Task
 
 TINY_LR = 1e-3  # AdamW's for a model of a million parameters; the default for real ones hardly moves it
+HELD = ("device", "threads", "deterministic")
 
 
-def trained_model(folder: Path, stated: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def trained_model(folder: Path, ask: Ask, pool: Pool) -> Mapping[str, Any]:
     """Return the fields of a recipe that a user left open: the model, its text and the rate to search around.
 
     Args:
-        folder: Where the model and the text are made.
-        stated: What the user gave, by dotted field.
-        say: Told what is going on.
+        folder: Where the text is written.
+        ask: What was asked for.
+        pool: Trains the model, once.
 
     Raises:
         ScrimpError: The model could not be made.
     """
     found: dict[str, Any] = {}
-    if "data.path" not in stated:
+    if "data.path" not in ask.stated:
         found["data.path"] = [str(_write_topics(folder / "topics.jsonl").absolute())]
-    if "model.name" not in stated:
-        found["model.name"] = str(_train(folder / "run", say).absolute())
+    if "model.name" not in ask.stated:
+        found["model.name"] = str(_train(ask, pool).absolute())
         found["optimizer.lr"] = TINY_LR
     return found
 
@@ -42,22 +44,26 @@ def trained_model(folder: Path, stated: Mapping[str, Any], say: Callable[[str], 
 def _write_topics(path: Path) -> Path:
     from pydoc_data.topics import topics
 
-    with files.explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}) for _, text in sorted(topics.items())]
-    files.write_atomic(path, "\n".join(lines) + "\n")
+    content = "\n".join(lines) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        with files.explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, content)
     return path
 
 
-def _train(out: Path, say: Callable[[str], None]) -> Path:
-    """Make the default run, or finish it."""
-    if not (out / "model").is_dir():
-        say("training the model to start from: scrimp train, about a minute")
-        done = subprocess.run(
-            [sys.executable, "-m", "scrimp", "train", "--out", str(out), "--resume"], check=False
-        )
-        if done.returncode != 0:
-            raise ScrimpError(
-                "the model to start from could not be trained: see above, or name one with --model"
-            )
-    return out
+def _train(ask: Ask, pool: Pool) -> Path:
+    """Make the default run."""
+    task = Task(
+        mode="base",
+        contestant="base",
+        suite=ask.suite.name,
+        recipe={name: ask.stated[name] for name in HELD if name in ask.stated},
+        cache=None if ask.cache is None else str(ask.cache),
+    )
+    pool.say("making the model to start from: the default run, about a minute")
+    for _, found in pool.do([task]):
+        if found["status"] != "done":
+            raise ScrimpError(f"the model to start from: {found['why']}; name one with --model")
+    return pool.place(task).path / "run"

@@ -130,7 +130,7 @@ def _arguments(job: Job, folder: str) -> TrainingArguments:
     recipe, optimizer = job.recipe, job.recipe.optimizer
     assert recipe.batch is not None and recipe.micro_batch is not None and recipe.steps is not None
     assert isinstance(optimizer.lr, float)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
@@ -155,3 +155,6 @@ def _arguments(job: Job, folder: str) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    # With several GPUs it would split each micro-batch among them, and take as many more rows.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -2,58 +2,94 @@
 
 The first turn of each warms up and does not count: kernels are loaded, functions compiled, the first subspace
 found. Then who goes first alternates. A ratio is taken within each pair of turns, so that it does not see a
-machine that slows down over a minute.
+machine that slows down over a minute. Whoever takes far longer than the reference is ended.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from scrimp.base.deadline import within
 from scrimp.base.errors import ScrimpError
 from scrimp.bench.protocol import turn_order
-from scrimp.bench.tasks import Place
+from scrimp.bench.tasks import ANSWER, Place
+
+PATIENCE = 20.0  # times what the reference took
+LEAST_PATIENCE_S = 900.0
+A_DAY_S = 86_400.0
+
+
+class PlayerError(ScrimpError):
+    """A player ended, or takes far too long.
+
+    Attributes:
+        is_reference: Whether it is the reference.
+    """
+
+    def __init__(self, message: str, *, is_reference: bool) -> None:
+        super().__init__(message)
+        self.is_reference = is_reference
 
 
 @dataclass(slots=True)
 class Player:
-    """A process that takes turns."""
+    """A process that takes turns.
+
+    Attributes:
+        place: Where its task lies.
+        process: It.
+        is_reference: Whether it is the reference.
+    """
 
     place: Place
     process: subprocess.Popen[str]
+    is_reference: bool
 
-    def turn(self, steps: int) -> float:
+    def turn(self, steps: int, *, patience: float) -> float:
         """Take `steps` steps, and return the tokens a second.
 
         Raises:
-            ScrimpError: Its process ended.
+            PlayerError: Its process ended, or takes longer than `patience` seconds.
         """
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            raise ScrimpError(self._why()) from None
-        found = self.read()
+        except OSError:
+            raise self._error() from None
+        found = self.read(patience=patience)
         return float(found["tokens"] / found["seconds"])
 
-    def read(self) -> dict[str, Any]:
+    def read(self, *, patience: float) -> dict[str, Any]:
         """Return its next answer.
 
         Raises:
-            ScrimpError: Its process ended.
+            PlayerError: Its process ended, or takes longer than `patience` seconds.
         """
+        try:
+            line = within(patience, self._next_answer)
+        except TimeoutError:
+            raise PlayerError(
+                f"ended after {patience:,.0f} s of one turn, far longer than the reference takes",
+                is_reference=self.is_reference,
+            ) from None
+        if not line:
+            raise self._error()
+        found: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+        return found
+
+    def _next_answer(self) -> str:
+        """Return the next line that is meant for us: a package may print on standard output too."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        while line and not line.startswith("{"):  # a package may print on standard output too
+        while line and not line.startswith(ANSWER):
             line = self.process.stdout.readline()
-        if not line:
-            raise ScrimpError(self._why())
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return line
 
     def end(self) -> None:
         """End it."""
@@ -61,15 +97,17 @@ class Player:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(OSError):  # what it did not read any more
+                pipe.close()
 
-    def _why(self) -> str:
+    def _error(self) -> PlayerError:
         self.process.wait()
         result = self.place.result
-        return str(result["why"]) if result else self.place.last_words()
+        why = str(result["why"]) if result else self.place.last_words()
+        return PlayerError(why, is_reference=self.is_reference)
 
 
-def compare(contestant: Place, reference: Place, *, pairs: int, steps: int) -> dict[str, list[float]]:
+def compare(contestant: Place, reference: Place, *, pairs: int, steps: int) -> dict[str, Any]:
     """Let two prepared tasks take turns.
 
     Args:
@@ -79,23 +117,31 @@ def compare(contestant: Place, reference: Place, *, pairs: int, steps: int) -> d
         steps: Optimizer steps a turn.
 
     Returns:
-        `contestant` and `reference`: tokens a second in each turn; `warm_up`: those of the first turns.
+        `settings` of the contestant; `speeds`: tokens a second of `contestant` and `reference` in each turn.
 
     Raises:
-        ScrimpError: One of them could not be run.
+        PlayerError: One of them could not be run.
     """
     with ExitStack() as stack:
-        players = []
-        for place in (contestant, reference):
-            player = Player(place, place.start(talks=True))
-            stack.callback(player.end)
-            players.append(player)
-        for player in players:
-            player.read()
-        warm_up = [player.turn(steps) for player in players]
-        speeds: dict[str, list[float]] = {"contestant": [], "reference": []}
+        mine, other = (
+            _enter(stack, Player(place, place.start(talks=True), is_reference))
+            for place, is_reference in ((contestant, False), (reference, True))
+        )
+        began = time.monotonic()
+        other.read(patience=A_DAY_S)
+        other.turn(steps, patience=A_DAY_S)
+        patience = max(LEAST_PATIENCE_S, PATIENCE * (time.monotonic() - began))
+        settings = mine.read(patience=patience)["settings"]
+        mine.turn(steps, patience=patience)
+        mine_speeds: list[float] = []
+        other_speeds: list[float] = []
         for contestant_first in turn_order(pairs):
-            order = ("contestant", "reference") if contestant_first else ("reference", "contestant")
-            for side in order:
-                speeds[side].append(players[side == "reference"].turn(steps))
-    return {**speeds, "warm_up": warm_up}
+            order = [(mine, mine_speeds), (other, other_speeds)]
+            for player, speeds in order if contestant_first else reversed(order):
+                speeds.append(player.turn(steps, patience=patience))
+    return {"settings": settings, "speeds": {"contestant": mine_speeds, "reference": other_speeds}}
+
+
+def _enter(stack: ExitStack, player: Player) -> Player:
+    stack.callback(player.end)
+    return player

@@ -15,23 +15,33 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scrimp.base import platform
 from scrimp.base.errors import ScrimpError
 from scrimp.base.platform import passive_openmp
 from scrimp.bench import peers
 from scrimp.bench.protocol import thinned
-from scrimp.bench.tasks import Place, Task
+from scrimp.bench.tasks import ANSWER, Place, Task
 from scrimp.build import Inputs, inspect
 from scrimp.recipe import flat, nest, parse
 from scrimp.report.lines import LineReporter
 from scrimp.training.metrics import MetricsFile, read_metrics
 
 if TYPE_CHECKING:
-    from scrimp.build import Job
+    import torch
+
+    from scrimp.build import Job, Prepared
+    from scrimp.recipe import Recipe
     from scrimp.training.reporter import Tick
+
+
+def answer(found: Mapping[str, Any]) -> None:
+    """Tell the suite something, on standard output."""
+    print(f"{ANSWER}{json.dumps(found)}", flush=True)
 
 
 class EnoughError(Exception):
@@ -74,7 +84,7 @@ class TakingTurns(LineReporter):
         recipe = self._job.recipe
         assert recipe.batch is not None and recipe.seq is not None
         tokens = self._asked * recipe.batch * recipe.seq
-        print(json.dumps({"steps": self._asked, "seconds": seconds, "tokens": tokens}), flush=True)
+        answer({"seconds": seconds, "tokens": tokens})
         self.wait()
 
     def tick(self, tick: Tick) -> None:
@@ -82,10 +92,10 @@ class TakingTurns(LineReporter):
         self.step_done()
 
     def _synchronize(self) -> None:
-        if self._job.device.type == "cuda":
+        if self._job.device.type != "cpu":
             import torch
 
-            torch.cuda.synchronize(self._job.device)
+            torch.accelerator.synchronize(self._job.device)
 
 
 def main(folder: Path) -> None:
@@ -96,7 +106,8 @@ def main(folder: Path) -> None:
     with passive_openmp():
         import torch  # noqa: F401
     try:
-        {"describe": describe, "train": train, "turns": take_turns}[task.mode](task, place)
+        modes = {"describe": describe, "base": make_base, "train": train, "turns": take_turns}
+        modes[task.mode](task, place)
     except ScrimpError as error:
         place.write_result({"status": "failed", "why": str(error)})
 
@@ -109,23 +120,82 @@ def _end_with_the_suite() -> None:
 def describe(task: Task, place: Place) -> None:
     """Say what the job is: its sizes, its text, and what a search for a rate needs to know."""
     from scrimp import models
-    from scrimp.training.run import plan
+    from scrimp.resolve import choose_device
 
-    prepared, device, resolved = plan(_inspect(task), LineReporter())
-    config, report = prepared.config, prepared.corpus.report
+    device = choose_device(_inspect(task).recipe)
+    prepared, recipe, predicted = _fitted(task, device)
+    corpus = prepared.corpus
+    found = {
+        "data": corpus.report.description,
+        "fingerprint": corpus.fingerprint,
+        "device": device.type,
+        "device_name": device_name(device),
+    }
+    weights = _files(prepared.inputs.model.path)
     place.write_result(
         {
             "status": "done",
-            "recipe": flat(resolved.recipe),
-            "non_embedding": models.non_embedding(config, trust_remote_code=task.trust_remote_code),
-            "data": report.description,
-            "documents": report.documents,
-            "data_tokens": report.tokens,
-            "fingerprint": prepared.corpus.fingerprint,
-            "device": device.type,
-            "predicted_bytes": resolved.ledger.peak.total,
+            "recipe": flat(recipe),
+            "non_embedding": models.non_embedding(prepared.config, trust_remote_code=task.trust_remote_code),
+            "documents": corpus.report.documents,
+            "held_out": corpus.held_out.documents,
+            "predicted_bytes": predicted,
+            "facts": json.dumps([found, weights]),
+            **found,
         }
     )
+
+
+def _fitted(task: Task, device: torch.device) -> tuple[Prepared, Recipe, int]:
+    """Return the job's inputs and its recipe, with a micro-batch of which two fit, and its predicted bytes.
+
+    That depends on the machine's memory, and not on what happens to be free. Where not even AdamW's state
+    fits, a contestant's may: then it is one sequence at a time.
+    """
+    from scrimp.training.run import plan
+
+    half = {} if "memory" in task.recipe else {"memory": f"{_total_memory(device) // 2**21}MiB"}
+    try:
+        prepared, _, resolved = plan(_inspect(task, half), LineReporter())
+    except ScrimpError:
+        one = {"memory": "1024TiB", "micro_batch": task.recipe.get("micro_batch", 1)}
+        prepared, _, resolved = plan(_inspect(task, one), LineReporter())
+    return prepared, resolved.recipe, resolved.ledger.peak.total
+
+
+def _total_memory(device: torch.device) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return platform.total_memory_bytes()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device that trains calls itself."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor_name()
+
+
+def _files(path: Path | None) -> list[tuple[str, int, int]]:
+    """Return the names, sizes and times of a model's files: whether it is still the same one."""
+    if path is None:
+        return []
+    paths = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
+    status = [(one.name, one.stat()) for one in paths]
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+
+
+def make_base(task: Task, place: Place) -> None:
+    """Train the model that a fine-tuning suite starts from."""
+    from scrimp.training.run import execute
+    from scrimp.training.start import choose_start
+
+    inputs = _inspect(task)
+    start = choose_start(inputs.recipe, out=place.path / "run", resume=False)
+    execute(start, inputs, LineReporter())
+    place.write_result({"status": "done"})
 
 
 def train(task: Task, place: Place) -> None:
@@ -135,10 +205,11 @@ def train(task: Task, place: Place) -> None:
         diverged = ""
         try:
             bout.run(metrics, LineReporter())
-        except ScrimpError as error:
-            if bout.loss_is_finite:
+        except Exception as error:
+            # A peer may stumble over such a gradient in any way, before our loop has seen it.
+            if bout.is_finite:
                 raise
-            diverged = str(error)
+            diverged = str(error) or type(error).__name__
         found = {
             "status": "diverged" if diverged else "done",
             "why": diverged,
@@ -171,13 +242,13 @@ def take_turns(task: Task, _: Place) -> None:
     """Do steps whenever they are asked for."""
     with _bout(task) as bout, suppress(EnoughError):
         turns = TakingTurns(bout.job)
-        print(json.dumps({"settings": bout.settings}), flush=True)
+        answer({"settings": dict(bout.settings)})
         turns.wait()
         bout.run(None, turns)
 
 
-def _inspect(task: Task) -> Inputs:
-    recipe = parse(nest(task.recipe), where=task.contestant)
+def _inspect(task: Task, changes: Mapping[str, Any] | None = None) -> Inputs:
+    recipe = parse(nest({**task.recipe, **(changes or {})}), where=task.contestant)
     cache = None if task.cache is None else Path(task.cache)
     return inspect(recipe, cache=cache, trust_remote_code=task.trust_remote_code)
 

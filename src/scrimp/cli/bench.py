@@ -65,11 +65,10 @@ def bench(
 ) -> None:
     """Compare methods and other packages on one job: loss, memory and speed, by rules that are equal for all.
 
-    What was measured is kept in --out: the same command goes on where it stopped, or adds what is new.
+    What was measured is kept in --out: the same command goes on where it stopped.
     """
-    from scrimp.base import platform
-    from scrimp.bench.bench import Ask
     from scrimp.bench.contestants import contestants
+    from scrimp.bench.entries import Ask
     from scrimp.bench.suite_folder import SuiteFolder
     from scrimp.bench.suites import suite as find
     from scrimp.recipe import Recipe, flat, replace
@@ -79,8 +78,6 @@ def bench(
     _check(stated, seconds, pairs)
     stated = flat(replace(Recipe(), stated), stated_only=True)
     who = contestants(methods.split(",") if methods else chosen.contestants, chosen)
-    on_gpu = stated.get("device", "auto") != "cpu" and bool(platform.nvidia_gpus())
-    threads = stated.get("threads") or 1
     ask = Ask(
         suite=chosen,
         contestants=who,
@@ -88,7 +85,7 @@ def bench(
         trials=chosen.trials if trials is None else trials,
         seeds=chosen.seeds if seeds is None else seeds,
         pairs=pairs,
-        jobs=jobs or (1 if on_gpu else max(1, platform.usable_cores() // threads)),
+        jobs=jobs,
         seconds=seconds,
         cache=cache,
         trust_remote_code=trust_remote_code,

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scrimp.base import files
+from scrimp.base.errors import ScrimpError
+from scrimp.base.lock import run_lock
 from scrimp.base.platform import passive_openmp
 from scrimp.data import cache_folder
 from scrimp.memory.profile import (
@@ -131,9 +133,11 @@ class Profiles:
     def save(self) -> None:
         """Write what was traced into the cache; a cache that cannot be written is no loss."""
         if self.traced:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ScrimpError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                files.write_atomic(self._path, json.dumps(self._found))
+                # Several programs may have traced the same model at once: the others need not wait.
+                with run_lock(self._path.parent):
+                    files.write_atomic(self._path, json.dumps(self._found))
 
     def _for_rows(self, key: str, rows: int, make: Any) -> Any:
         for name, found in self._found.items():

@@ -20,7 +20,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     Returns:
         The norm before, a scalar on the gradients' device.
     """
-    given = [p for p in parameters if p.grad is not None]
+    everything = list(parameters)
+    given = [p for p in everything if p.grad is not None]
+    if everything and not given:
+        return torch.zeros((), device=everything[0].device)
     norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
     # Scaling by one changes nothing; a GPU does it all the same rather than tell the host.
     is_short = norm.device.type == "cpu" and bool(norm + MARGIN <= limit)

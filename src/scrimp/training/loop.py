@@ -245,9 +245,9 @@ class Loop:
 
     def _save(self, *, scheduled: bool) -> Path | None:
         """Save a checkpoint; only a scheduled one has its line: the clock leaves no trace in the metrics."""
-        self._read_pending()
         if self.folder is None or self.metrics is None:
             return None
+        self._read_pending()
         self.reporter.phase("saving a checkpoint", None)
         progress, job = self.progress, self.job
         if scheduled and progress.evaluation is not None and progress.evaluated_step == progress.step:
