@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from scrimp.methods import METHODS, Method
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
-NEW = Method(name="new", pieces={"optimizer": "new"}, terms="", source="", reported="")
+NEW = Method(name="new", pieces={"optimizer": "new"}, terms="", source="")
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def candidate(name: str, method: str, needed: int, *, fits: bool = True) -> dict
 CANDIDATES = [candidate("a, all", "a", 9), candidate("a, least", "a", 5), candidate("b", "b", 99, fits=False)]
 FOUND_EARLIER = {
     "plan": {"status": "done", "candidates": CANDIDATES, "chosen": "a, all"},
-    "time a run": {"status": "done", "tokens": 4096, "trials": 1, "seeds": 1},
+    "time a run": {"status": "done", "trials": 1, "seeds": 1},
 }
 
 
@@ -127,24 +128,93 @@ def test_the_last_line_of_a_process_is_what_it_found(load: Any) -> None:
     assert row["seconds"] > 0
 
 
+@pytest.fixture
+def lifeline(tmp_path: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Return code of a child that would live on, and whether it did: who holds a pipe open is alive."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def lives() -> bool:
+        assert os.read(reader, 1) == b"x", "it never ran"
+        try:
+            return os.read(reader, 1) != b""
+        except BlockingIOError:
+            return True
+
+    yield f"import time; held = open({str(pipe)!r}, 'wb', 0); held.write(b'x'); time.sleep(60)", lives
+    os.close(reader)
+
+
 def test_a_process_that_takes_too_long_is_ended_with_what_it_started(
-    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lifeline: tuple[str, Callable[[], bool]]
 ) -> None:
     tasks = load("_tasks")
     monkeypatch.setattr(tasks, "LEAST_S", 0.0)
-    mark, document = tmp_path / "mark", tmp_path / "suite" / "bench.json"
-    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    child, lives = lifeline
+    document = tmp_path / "suite" / "bench.json"
     code = (
         "import subprocess, sys, time, pathlib; pathlib.Path('suite').mkdir();"
         "pathlib.Path('suite/bench.json').write_text('[1]');"
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
-    row = tasks.perform(process(load, code, document=document), 1.0)
-    assert (row["status"], row["why"]) == ("late", "it was ended after its 1 s")
+    row = tasks.perform(process(load, code, document=document), 3.0)
+    assert (row["status"], row["why"]) == ("late", "it was ended: its 3 s did not suffice")
     assert row["document"] == [1]  # what was written until then counts
-    assert row["seconds"] < 10
-    tasks.time.sleep(2)
-    assert not mark.exists()
+    assert not lives()
+
+
+def test_a_process_that_ends_leaves_nothing_behind(
+    load: Any, tmp_path: Path, lifeline: tuple[str, Callable[[], bool]]
+) -> None:
+    child, lives = lifeline
+    code = (
+        "import subprocess, sys, time;"
+        f"child = subprocess.Popen([sys.executable, '-c', {'import sys;' + child!r}]);"
+        f"time.sleep(0.5); print('{{}}')"
+    )
+    row = load("_tasks").perform(process(load, code), 60)
+    assert row["status"] == "done"
+    assert row["seconds"] < 30
+    assert not lives()
+
+
+def test_the_limit_holds_for_a_process_that_does_not_want_to_end(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = load("_tasks")
+    monkeypatch.setattr(tasks, "LEAST_S", 0.0)
+    asked = tmp_path / "asked"
+    code = (
+        "import pathlib, signal, time;"
+        f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(asked)!r}).touch());"
+        "[time.sleep(1) for _ in range(60)]"
+    )
+    row = tasks.perform(process(load, code), 2.0)
+    assert row["status"] == "late"
+    assert asked.exists()  # it could have saved
+    assert row["seconds"] < 2.4  # the grace of 0.8 s would not fit behind the limit
+
+
+def test_a_process_that_is_asked_to_end_may_still_end_well(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = load("_tasks")
+    monkeypatch.setattr(tasks, "LEAST_S", 0.0)
+    code = (
+        "import signal, sys, time;"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('{\"peak\": 7}'), sys.exit(0)));"
+        "time.sleep(60)"
+    )
+    row = tasks.perform(process(load, code), 2.0)
+    assert (row["status"], row["peak"]) == ("done", 7)
+
+
+def test_a_limit_leaves_most_of_itself_to_the_work(load: Any) -> None:
+    tasks = load("_tasks")
+    assert (
+        tasks.GRACE_S + tasks.KILL_S <= tasks.LEAST_S < 60 * min(part.minutes for part in load("run").PARTS)
+    )
 
 
 def test_no_process_is_begun_without_time(load: Any) -> None:
@@ -242,6 +312,37 @@ def test_a_result_of_another_machine_is_not_gone_on_with(load: Any, tmp_path: Pa
         go(load, part, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("before", "row", "kept"),
+    [
+        (None, {"status": "late", "seconds": 0.0}, "row"),
+        ({"status": "failed", "seconds": 3.0}, {"status": "failed", "seconds": 2.0}, "row"),
+        ({"status": "failed", "seconds": 3.0}, {"status": "late", "seconds": 0.0}, "before"),
+        ({"status": "late", "document": {}}, {"status": "failed", "seconds": 2.0}, "before"),
+        ({"status": "late", "document": {}}, {"status": "late", "seconds": 2.0, "document": {}}, "row"),
+        ({"status": "late", "document": {}}, {"status": "out of memory", "seconds": 2.0}, "row"),
+    ],
+)
+def test_a_rerun_loses_nothing_that_was_found(load: Any, before: Any, row: Any, kept: str) -> None:
+    assert load("run")._richer(before, row) is {"before": before, "row": row}[kept]
+
+
+def test_a_rerun_without_time_leaves_every_row_as_it_was(load: Any, tmp_path: Path) -> None:
+    run, part = load("run"), a_part(load, tmp_path / "log")
+    first = go(load, part, tmp_path)
+    setting = a_setting(load, tmp_path, tiny=True)
+    document = run.Document.open(tmp_path / "gpu.json", setting, None, again=False, parts=[part])
+    run.measure(part, setting, document, run.Clock(0.0, [part]))
+    again = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert again["results"] == first["results"]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_to_measure_anew_is_passed_on_to_the_suites(load: Any, tmp_path: Path, again: bool) -> None:
+    setting = replace(a_setting(load, tmp_path), again=again)
+    assert ("--again" in load("_tasks").bench(setting, "it", ["speed"]).command) == again
+
+
 SMI = (
     "0, GPU-aa11, NVIDIA H100 80GB HBM3, 9.0, 570.1, 81559, 3\n1, GPU-bb22, NVIDIA L4, 8.9, 570.1, 23034, 0\n"
 )
@@ -268,21 +369,81 @@ def test_the_cards_memory_is_in_bytes(load: Any) -> None:
     assert (found["capability"], found["driver"]) == ("9.0", "570.1")
 
 
-STATED = {"contestants": 20, "jobs": 4, "tokens_per_s": 400_000.0, "start_s": 10.0, "step": 16_384}
-
-
-@pytest.mark.parametrize("seconds", [0.0, 100.0, 480.0, 2_000.0, 9_000.0])
-def test_the_runs_fit_the_time_or_are_the_least(load: Any, seconds: float) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "trials", "seeds"), [(0.0, 1, 1), (240.0, 1, 1), (800.0, 3, 1), (1_300.0, 3, 3)]
+)
+def test_time_decides_on_learning_rates_and_seeds_alone(
+    load: Any, tmp_path: Path, seconds: float, trials: int, seeds: int
+) -> None:
     pretrain = load("pretrain")
-    found = pretrain.choose(seconds, **STATED)
-    assert found["tokens"] % STATED["step"] == 0
-    assert found["tokens"] > 0
-    rounds = 20 * (found["trials"] + found["seeds"] - 1) / 4
-    took = rounds * (10 + found["tokens"] * 4 / 400_000)
-    shortest = (found["trials"], found["seeds"], found["tokens"]) == (1, 1, 16_384)
-    assert took <= seconds or shortest
-    fullest = (found["trials"], found["seeds"]) == pretrain.PROTOCOLS[0]
-    assert fullest == (seconds >= 2_000)
+    # 5 rounds of 30 s for a run of each: 10 to begin it, and 20 for 2 M tokens beside three others.
+    stated = {"tokens": 2 * 10**6, "contestants": 20, "jobs": 4, "tokens_per_s": 400_000.0, "start_s": 10.0}
+    chosen = pretrain.choose(seconds, **stated)
+    assert chosen == {"trials": trials, "seeds": seeds}
+    runs = trials + seeds - 1
+    assert 5 * runs * 30 <= pretrain.USABLE * seconds or runs == 1
+    rows = {**FOUND_EARLIER, "time a run": {"status": "done", **chosen}}
+    *_, suite = pretrain.tasks(a_setting(load, tmp_path), rows, lambda: seconds)
+    given = {
+        name: suite.command[suite.command.index(name) + 1] for name in ("--tokens", "--trials", "--seeds")
+    }
+    assert given == {"--tokens": "2097152", "--trials": str(trials), "--seeds": str(seeds)}
+    assert suite.name == "llama-60m 2097152 tokens"
+
+
+def test_the_tokens_are_whole_steps(load: Any) -> None:
+    pretrain = load("pretrain")
+    for job, tokens in ((pretrain.JOB, pretrain.TOKENS), (pretrain.TINY_JOB, pretrain.TINY_TOKENS)):
+        assert tokens % (job["batch"] * job["seq"]) == 0
+    assert f"{pretrain.TOKENS:,} tokens" in pretrain.__doc__
+
+
+def test_a_method_that_does_not_make_it_is_a_row_marked_late(load: Any) -> None:
+    loss = {"median": 2.0, "lowest": 2.0, "highest": 2.0, "all": [2.0]}
+    contestants = [
+        {"name": "slow", "status": "partial", "why": "", "loss": {**loss, "median": 1.0}, "lr": 0.1},
+        {"name": "absent", "status": "missing", "why": "pip install it", "loss": None, "lr": None},
+        {"name": "adamw", "status": "done", "why": "", "loss": loss, "lr": 0.01},
+        {"name": "fira", "status": "done", "why": "", "loss": {**loss, "median": 1.5}, "lr": 0.02},
+        {"name": "broken", "status": "failed", "why": "no such card", "loss": None, "lr": None},
+    ]
+    job = {"model": "llama-60m", "tokens": 2**21}
+    document = {"job": job, "protocol": {"trials": 3, "seeds": 1}, "contestants": contestants}
+    held: dict[str, tuple[int, dict[str, int]]] = {}
+
+    def expect(what: str, value: int, **limits: int) -> None:
+        held[what] = (value, limits)
+
+    found = load("pretrain").summary([{"name": "it", "document": document}], expect)
+    assert found["title"] == "llama-60m from random weights, 2,097,152 tokens with every method"
+    assert [(m["name"], m["status"]) for m in found["methods"]] == [
+        ("fira", "done"),
+        ("adamw", "done"),
+        ("slow", "late"),
+        ("absent", "missing"),
+        ("broken", "failed"),
+    ]
+    assert found["methods"][2]["loss"] is None  # a search cut short compares with no other
+    assert "the same command goes on" in found["methods"][2]["why"]
+    assert held == {
+        "pretrain: contestants that are failed": (1, {"below": 1}),
+        "pretrain: contestants that are late": (1, {"below": 1}),
+    }
+
+
+def test_a_step_is_timed_from_an_idle_device_to_an_idle_device(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, seen = load("_held"), []
+    monkeypatch.setattr(held.torch.cuda, "synchronize", lambda _: seen.append("wait"))
+    monkeypatch.setattr(held.time, "perf_counter", lambda: seen.append("clock") or float(len(seen)))
+    loop = SimpleNamespace(
+        job=SimpleNamespace(device=SimpleNamespace(type="cuda")),
+        progress=SimpleNamespace(step=2),
+        run=lambda until: seen.append(f"until {until}"),
+    )
+    assert held.timed(loop, 3) == 3.0
+    assert seen == ["wait", "clock", "until 5", "wait", "clock"]
 
 
 def test_counts_of_a_report_name_what_broke(load: Any) -> None:
@@ -343,5 +504,7 @@ def test_a_prediction_is_held_against_what_the_allocator_gave(
     assert abs(row["error_percent"]) < 0.5
     assert row["ended"] == {"in what it asks for": "finished", "in too little": "out of memory"}
     assert row["verdicts_right"] == 2
-    assert len(row["losses"]) == 3
+    assert len(row["losses"]) == 7
+    assert len(row["seconds_per_step"]["all"]) == 5
+    assert row["seconds_per_step"]["lowest"] > 0
     assert row["predicted_terms"].keys() >= {"weights", "gradients", "optimizer state", "activations"}

@@ -2,8 +2,8 @@
 
 Counted are tensors, since that is what a prediction without its fixed part is: on CUDA
 `max_memory_allocated`, on a CPU the events of torch's allocator. The first two steps are those that a run
-tracks, which gives the terms; the third is not, and its peak is the measured one. Beside it stand what the
-caching allocator reserved and what the driver says the whole card held.
+tracks, which gives the terms; the others are not: their peak is the measured one, and each is timed. Beside
+the peak stand what the caching allocator reserved and what the driver says the whole card held.
 
 Weights are drawn where they train (a CPU takes minutes for 7B), and loading is not measured.
 """
@@ -14,13 +14,14 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from _card import card
 
 from scrimp.base.ledger import Ledger, Moment
+from scrimp.bench.protocol import spread
 from scrimp.build import build, inspect
 from scrimp.memory import predict
 from scrimp.memory.allocator import allocator_events
@@ -37,7 +38,8 @@ from scrimp.training.run import plan
 from scrimp.training.stopping import Stopper
 from scrimp.training.watch import TRACKED_STEPS, Watch
 
-STEPS = TRACKED_STEPS + 1
+TIMED_STEPS = 5
+STEPS = TRACKED_STEPS + TIMED_STEPS
 IN_A_STEP = ("forward", "loss", "backward", "optimizer step")
 USUAL = {  # what every recipe here has
     "model.init": "scratch",
@@ -80,18 +82,15 @@ class Peak:
     """The most bytes of tensors that were held at once."""
 
     total: int = 0
-    seconds: float = field(default=0.0)
 
 
 @contextmanager
 def peak_of(loop: Loop) -> Iterator[Peak]:
     """Measure the peak of what a loop does; it is there when the context has closed."""
-    peak, began = Peak(), time.perf_counter()
+    peak = Peak()
     if loop.job.device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         yield peak
-        torch.cuda.synchronize()
         peak.total = torch.cuda.max_memory_allocated()
     else:
         state = [t for of in loop.job.optimizer.state.values() for t in of.values() if torch.is_tensor(t)]
@@ -99,7 +98,21 @@ def peak_of(loop: Loop) -> Iterator[Peak]:
         with allocator_events() as events:
             yield peak
         peak.total = lasting + events.peak
-    peak.seconds = time.perf_counter() - began
+
+
+def timed(loop: Loop, steps: int) -> float:
+    """Take a loop's next steps, and return the seconds until the device, idle before, is done with them."""
+    _wait_for(loop)
+    began = time.perf_counter()
+    loop.run(loop.progress.step + steps)
+    _wait_for(loop)
+    return time.perf_counter() - began
+
+
+def _wait_for(loop: Loop) -> None:
+    """Wait until all that was queued is done, on every stream of the device."""
+    if loop.job.device.type == "cuda":
+        torch.cuda.synchronize(loop.job.device)
 
 
 def hold(recipe: Recipe) -> dict[str, Any]:
@@ -116,7 +129,7 @@ def hold(recipe: Recipe) -> dict[str, Any]:
         tracked = loop.watch.ledger
         assert tracked is not None
         with peak_of(loop) as peak:
-            loop.run(STEPS)
+            seconds = [timed(loop, 1) for _ in range(TIMED_STEPS)]
         on_card = _on_the_card(recipe)
         parameters = sum(p.numel() for p in loop.job.model.parameters())
     seen = highest(tracked)
@@ -135,7 +148,7 @@ def hold(recipe: Recipe) -> dict[str, Any]:
         "workspace_bytes": workspace,
         **on_card,
         "losses": reporter.losses,
-        "seconds_of_last_step": round(peak.seconds, 4),
+        "seconds_per_step": spread(seconds, digits=4),
     }
 
 

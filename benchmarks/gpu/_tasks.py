@@ -2,7 +2,8 @@
 
 A task prints what it found as the last line of its standard output, in JSON. Whatever else becomes of it is a
 row too, with its sentence: memory that ran out, an error, a limit that passed. A task leads a process group,
-so that what it started ends with it.
+and whatever is left of that is killed at its end: nothing of it keeps the card. All of this lies within the
+limit, so that a task that is not done has to end a little sooner.
 
 Rows are plain data: `name`, `status` (`STATUSES`), `why`, `seconds`, and what the task found.
 """
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,9 +31,12 @@ Row = dict[str, Any]
 Expect = Callable[..., None]
 STATUSES = ("done", "out of memory", "failed", "late")
 FOUND = ("done", "out of memory")  # findings; a rerun tries the others again
-GRACE_S = 15.0  # for a task that is asked to end, so that it can save
+GRACE_S = 12.0  # of its limit, for a task that is asked to end, so that it can save
+KILL_S = 3.0  # of its limit, until the killed are gone and the card has its memory back
+MOST_FOR_ENDING = 0.5  # of a short limit
+POLL_S = 0.05
 SAID_CHARACTERS = 3000
-LEAST_S = 5.0  # a task with less time is not begun
+LEAST_S = GRACE_S + KILL_S  # a task with less time is not begun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,13 @@ class Setting:
         device: `cuda` or `cpu`.
         tiny: Whether the tiny form is wanted, which a CPU does in seconds.
         work: Where suites keep their runs, to go on with them.
+        again: Whether suites measure anew what is kept there.
     """
 
     device: str
     tiny: bool
     work: Path
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +104,8 @@ def bench(setting: Setting, name: str, words: list[str]) -> Task:
     """Return a task that runs `scrimp bench`; a suite that was ended goes on where it stopped."""
     folder, out = setting.work / ("tiny" if setting.tiny else setting.device), name.replace(" ", "-")
     command = (sys.executable, "-m", "scrimp", "bench", *words, "--device", setting.device, "--out", out)
-    return Task(name=name, command=(*command, "--json"), document=folder / out / "bench.json")
+    again = ("--again",) if setting.again else ()
+    return Task(name=name, command=(*command, *again, "--json"), document=folder / out / "bench.json")
 
 
 def perform(task: Task, limit: float) -> Row:
@@ -105,6 +113,8 @@ def perform(task: Task, limit: float) -> Row:
     if limit < LEAST_S:
         return {"name": task.name, "status": "late", "why": "no time was left to begin it", "seconds": 0.0}
     began, began_at = time.monotonic(), time.time()
+    share = min(1.0, MOST_FOR_ENDING * limit / (GRACE_S + KILL_S))
+    grace, kill = share * GRACE_S, share * KILL_S
     if task.folder is not None:
         task.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
@@ -118,28 +128,32 @@ def perform(task: Task, limit: float) -> Row:
         )
         late = False
         try:
-            process.wait(limit)
+            process.wait(limit - grace - kill)
         except subprocess.TimeoutExpired:
             late = True
         finally:
-            _end(process)
+            _end(process, grace, kill)
         row = {"name": task.name, **_read(process, out, error, found=task.document is not None)}
     if task.document is not None and task.document.is_file() and task.document.stat().st_mtime >= began_at:
         row["document"] = json.loads(task.document.read_text(encoding="utf-8"))
     if late and row["status"] == "failed":
-        row |= {"status": "late", "why": f"it was ended after its {limit:.0f} s"}
+        row |= {"status": "late", "why": f"it was ended: its {limit:.0f} s did not suffice"}
     return {**row, "seconds": round(time.monotonic() - began, 2)}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that is still running, with all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                continue
+def _end(process: subprocess.Popen[bytes], grace: float, kill: float) -> None:
+    """Ask a process to end, and after so many seconds of grace kill what is left of it and of its group."""
+    if process.poll() is None:
+        process.terminate()  # it alone: a suite whose runs were ended behind its back would call them failed
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    until = time.monotonic() + kill
+    with suppress(ProcessLookupError):  # the group is empty
+        os.killpg(process.pid, signal.SIGKILL)
+        while time.monotonic() < until:
+            process.poll()  # the dead count until they are read
+            time.sleep(POLL_S)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(process: subprocess.Popen[bytes], out: IO[bytes], error: IO[bytes], *, found: bool) -> Row:

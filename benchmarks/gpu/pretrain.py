@@ -1,14 +1,16 @@
-"""llama-60m from random weights, for the same number of tokens with every method: `scrimp bench pretrain`.
+"""llama-60m from random weights, 2,097,152 tokens with every method: `scrimp bench pretrain`.
 
-How many tokens and how many learning rates follows from the time there is: the default run is timed first
-(once to fill the caches, once for the time), and the fullest protocol is taken whose runs are still of a
-useful length. The text is the default one, Python's standard library, as bytes: of the shape's 32,000 tokens
-only 259 occur, so that losses compare with each other and with no paper.
+The tokens are fixed, so that two results compare. How many learning rates and seeds follows from the time:
+the default run is timed first (once to fill the caches, once for the time), and the fullest protocol that
+fits is taken. A method whose runs are not done when the time is over is a row marked late. The text is the
+default one, Python's standard library, as bytes: of the shape's 32,000 tokens only 259 occur, so that losses
+compare with each other and with no paper.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,21 +22,28 @@ from scrimp.bench.suites import REFERENCE, suite
 
 SUITE = "pretrain"
 JOB = {"model.name": "llama-60m", "precision": "bf16-mixed", "batch": 64, "seq": 256}
-TINY_S = 10.0
+TOKENS = 2**21  # 128 steps
 TINY_JOB = {"model.name": "llama-1m", "precision": "fp32", "batch": 2, "seq": 32}
+TINY_TOKENS = 2**9
+TINY_S = 10.0
 PROTOCOLS = ((3, 3), (3, 1), (1, 1))  # learning rates, and seeds at the best one
-LEAST_TOKENS = 2 * 10**6  # a run with fewer shows little; the last protocol takes what there is
-STEPS_TO_TIME, STEPS_BEFORE = 40, 10
+STEPS_BEFORE, SAMPLES, STEPS_A_SAMPLE = 10, 5, 8
 USABLE = 0.6  # of the time: evaluations, methods slower than AdamW
-JOBS = 4  # learning runs side by side: losses are compared here, and the speed elsewhere
+JOBS = 4  # learning runs side by side, 11 GiB each: losses and memory are compared here, speed elsewhere
+WHY_LATE = "the time was over before all its runs were done; the same command goes on with them"
 
 
 def tasks(setting: Setting, rows: Mapping[str, Row], left: Callable[[], float]) -> Iterator[Task]:
-    job = TINY_JOB if setting.tiny else JOB
+    job, tokens = (TINY_JOB, TINY_TOKENS) if setting.tiny else (JOB, TOKENS)
     methods = [REFERENCE, f"{REFERENCE}+chunked"] if setting.tiny else ["all"]
     competing = sum(not one.why_missing(setting.device) for one in contestants(methods, suite(SUITE)))
     jobs = 1 if setting.tiny else JOBS
-    spec = {"job": {**job, "device": setting.device}, "contestants": competing, "jobs": jobs}
+    spec = {
+        "job": {**job, "device": setting.device},
+        "tokens": tokens,
+        "contestants": competing,
+        "jobs": jobs,
+    }
     for name in ("fill the caches", "time a run"):
         yield own("pretrain", name, {**spec, "seconds": min(left(), TINY_S) if setting.tiny else left()})
     chosen = rows["time a run"]
@@ -43,7 +52,7 @@ def tasks(setting: Setting, rows: Mapping[str, Row], left: Callable[[], float]) 
     fields = {f"--{name.replace('_', '-')}": value for name, value in job.items()}
     options = {
         **fields,
-        "--tokens": chosen["tokens"],
+        "--tokens": tokens,
         "--trials": chosen["trials"],
         "--seeds": chosen["seeds"],
         "--pairs": 0,
@@ -51,48 +60,58 @@ def tasks(setting: Setting, rows: Mapping[str, Row], left: Callable[[], float]) 
         "--methods": ",".join(methods),
     }
     words = [word for name, value in options.items() for word in (name, str(value))]
-    yield bench(setting, SUITE, [SUITE, *words])
+    yield bench(setting, f"{job['model.name']} {tokens} tokens", [SUITE, *words])
 
 
 def choose(
-    seconds: float, *, contestants: int, jobs: int, tokens_per_s: float, start_s: float, step: int
+    seconds: float, *, tokens: int, contestants: int, jobs: int, tokens_per_s: float, start_s: float
 ) -> dict[str, int]:
-    """Return the fullest protocol that fits, and its number of tokens.
+    """Return the fullest protocol that fits, or the shortest one: its learning rates and seeds.
 
     Args:
         seconds: For all runs.
+        tokens: Of each run.
         contestants: How many compete.
         jobs: Runs side by side, which share the device.
         tokens_per_s: Of one run alone.
         start_s: What a run takes before its first step.
-        step: Tokens of an optimizer step, of which the answer is a multiple.
     """
-    tokens = 0
+    of_a_round = start_s + tokens * jobs / tokens_per_s
     for trials, seeds in PROTOCOLS:
         rounds = math.ceil(contestants * (trials + seeds - 1) / jobs)
-        training = USABLE * seconds / rounds - start_s
-        tokens = max(1, int(training * tokens_per_s / jobs / step)) * step
-        if tokens >= LEAST_TOKENS:
+        if rounds * of_a_round <= USABLE * seconds:
             break
-    return {"trials": trials, "seeds": seeds, "tokens": tokens}
+    return {"trials": trials, "seeds": seeds}
 
 
 def summary(rows: list[Row], expect: Expect) -> dict[str, Any]:
     document = next((row["document"] for row in rows if row.get("document")), None)
     if document is None:
         return {}
-    by_status: dict[str, list[str]] = {}
-    for row in document["contestants"]:
-        by_status.setdefault(row["status"], []).append(row["name"])
-    expect("pretrain: contestants that failed", len(by_status.get("failed", [])), below=1)
-    losses = {row["name"]: row["loss"] for row in document["contestants"] if row["loss"] is not None}
+    job, protocol = document["job"], document["protocol"]
+    methods = [_method(row) for row in document["contestants"]]
+    for status in ("failed", "late"):
+        found = sum(method["status"] == status for method in methods)
+        expect(f"pretrain: contestants that are {status}", found, below=1)
     return {
-        "tokens": document["job"]["tokens"],
-        "trials": document["protocol"]["trials"],
-        "seeds": document["protocol"]["seeds"],
+        "title": f"{job['model']} from random weights, {job['tokens']:,} tokens with every method",
+        "tokens": job["tokens"],
+        "trials": protocol["trials"],
+        "seeds": protocol["seeds"],
         "data": "Python's standard library as bytes (259 of 32,000 tokens occur)",
-        "held_out_loss": dict(sorted(losses.items(), key=lambda item: item[1]["median"])),
-        "contestants": by_status,
+        "methods": sorted(methods, key=lambda one: one["loss"]["median"] if one["loss"] else math.inf),
+    }
+
+
+def _method(row: Mapping[str, Any]) -> Row:
+    """Return a contestant's row: what it reached, where all its runs were done, or why not."""
+    late = row["status"] == "partial"
+    return {
+        "name": row["name"],
+        "status": "late" if late else row["status"],
+        "why": WHY_LATE if late else row["why"],
+        "loss": row["loss"] if row["status"] == "done" else None,
+        "lr": row["lr"] if row["status"] == "done" else None,
     }
 
 
@@ -100,30 +119,25 @@ PART = Part(name="pretrain", minutes=8, tasks=tasks, summary=summary)
 
 
 def work(spec: dict[str, Any]) -> Row:
-    """Time the reference's steps, and choose."""
+    """Time the reference's steps, and choose the protocol for the time that is left then."""
     began = time.perf_counter()
-    from _held import USUAL, running
+    from _held import USUAL, running, timed
 
     from scrimp.recipe import Recipe, replace
 
     job = spec["job"]
-    total = STEPS_BEFORE + STEPS_TO_TIME
-    values = {**USUAL, **job, "micro_batch": job["batch"], "steps": total + 1}
-    recipe = replace(Recipe(), values)
-    with running(recipe) as (loop, _):
-        loop.run(STEPS_BEFORE)  # its last step is read from the device, which waits for it
-        middle = time.perf_counter()
-        loop.run(total)
-        end = time.perf_counter()
-    step = job["batch"] * job["seq"]
-    measured = {
-        "tokens_per_s": round(STEPS_TO_TIME * step / (end - middle), 1),
-        "start_s": round(middle - began, 2),
-    }
-    chosen = choose(
-        spec["seconds"], contestants=spec["contestants"], jobs=spec["jobs"], step=step, **measured
-    )
-    return {**measured, **chosen, "contestants": spec["contestants"], "jobs": spec["jobs"]}
+    steps = STEPS_BEFORE + SAMPLES * STEPS_A_SAMPLE
+    values = {**USUAL, **job, "micro_batch": job["batch"], "steps": steps}
+    with running(replace(Recipe(), values)) as (loop, _):
+        timed(loop, STEPS_BEFORE)
+        start_s = time.perf_counter() - began
+        samples = [timed(loop, STEPS_A_SAMPLE) for _ in range(SAMPLES)]
+    a_sample = STEPS_A_SAMPLE * job["batch"] * job["seq"]
+    speeds = [round(a_sample / seconds, 1) for seconds in samples]
+    asked = {name: spec[name] for name in ("tokens", "contestants", "jobs")}
+    left = spec["seconds"] - (time.perf_counter() - began)
+    chosen = choose(left, tokens_per_s=statistics.median(speeds), start_s=start_s, **asked)
+    return {"tokens_per_s": speeds, "start_s": round(start_s, 2), **asked, **chosen}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     python benchmarks/gpu/run.py --device cpu --tiny          does it run? (minutes, its figures mean nothing)
 
 Every measurement is a process of its own, so that its memory is its own and nothing that it does ends the
-others. The minutes are shared out among the parts that are not finished, and what a part leaves over goes to
-the next ones. The JSON is written after every process: a command that was stopped goes on where it was,
-trying again what failed or was late; `--again` measures anew.
+others. The minutes, which also hold the ending of a process that is late, are shared out among the parts that
+are not finished, and what a part leaves over goes to the next ones. The JSON is written after every process:
+a command that was stopped goes on where it was, trying again what failed or was late; `--again` measures
+anew.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     gpu = card() if options.device == "cuda" else None
     if options.device == "cuda" and gpu is None:
         raise SystemExit("no GPU: nvidia-smi shows none; --device cpu --tiny tries the program without one")
-    setting = Setting(device=options.device, tiny=options.tiny, work=options.work)
+    setting = Setting(device=options.device, tiny=options.tiny, work=options.work, again=options.again)
     document = Document.open(options.json, setting, gpu, again=options.again, parts=options.parts)
     document.command = ["python", "benchmarks/gpu/run.py", *_shown(arguments)]
     clock = Clock(60 * options.minutes, [part for part in options.parts if not document.finished(part.name)])
@@ -76,17 +77,29 @@ def measure(part: Part, setting: Setting, document: Document, clock: Clock) -> N
     """Run the tasks of a part that have no finding yet, until its time is over."""
     began, seconds = time.monotonic(), clock.begin(part)
     say(f"{part.name}: at most {seconds:.0f} s")
-    rows: dict[str, Row] = {row["name"]: row for row in document.rows(part.name) if row["status"] in FOUND}
+    rows: dict[str, Row] = {row["name"]: row for row in document.rows(part.name)}
+    asked: list[str] = []
 
     def left() -> float:
         return began + seconds - time.monotonic()
 
     for task in part.tasks(setting, rows, left):
-        if task.name not in rows:
-            rows[task.name] = perform(task, left())
-            say(f"{part.name}: {_line(rows[task.name])}")
-            document.put(part, list(rows.values()), took=rows[task.name]["seconds"])
-    document.put(part, list(rows.values()), finished=all(row["status"] in FOUND for row in rows.values()))
+        asked.append(task.name)
+        before = rows.get(task.name)
+        if before is None or before["status"] not in FOUND:
+            row = perform(task, left())
+            say(f"{part.name}: {_line(row)}")
+            rows[task.name] = _richer(before, row)
+            document.put(part, list(rows.values()), took=row["seconds"])
+    finished = all(rows[name]["status"] in FOUND for name in asked)
+    document.put(part, list(rows.values()), finished=finished)
+
+
+def _richer(before: Row | None, row: Row) -> Row:
+    """Return the new row, unless it has nothing to say: it was not begun, or lost what was half found."""
+    if before is None or row["status"] in FOUND or "document" in row:
+        return row
+    return before if "document" in before or not row["seconds"] else row
 
 
 def _line(row: Row) -> str:
