@@ -22,14 +22,15 @@ LEAST_OVER_TRAINER = 0.98
 MODELS = ("llama-350m", "llama-1b")
 PRECISIONS = ("bf16-mixed", "bf16")
 BATCH, SEQ = 8, 512  # two of llama-1b in fp32 fit beside each other in 80 GB
-PAIRS = 5
+PAIRS = 3
+STEPS = 50  # of the run that the turns are cut from: a turn is a tenth of it
 
 
 def tasks(setting: Setting, _: Mapping[str, Row], __: Callable[[], float]) -> Iterator[Task]:
     models, precisions = (("llama-1m",), ("fp32",)) if setting.tiny else (MODELS, PRECISIONS)
-    batch, seq, pairs = (2, 32, 1) if setting.tiny else (BATCH, SEQ, PAIRS)
+    batch, seq, pairs, steps = (2, 32, 1, 10) if setting.tiny else (BATCH, SEQ, PAIRS, STEPS)
     for precision, model in product(precisions, models):
-        fields = {"model": model, "precision": precision, "batch": batch, "seq": seq}
+        fields = {"model": model, "precision": precision, "batch": batch, "seq": seq, "steps": steps}
         options = {**fields, "pairs": pairs, "methods": ",".join(contestants(tiny=setting.tiny))}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         yield bench(setting, f"{model} {precision}", ["speed", *words])
