@@ -2,14 +2,15 @@
 
 `python scripts/results_page.py` reads `benchmarks/results/bench-SUITE.json`, each written by `scrimp bench`,
 the suites inside `benchmarks/results/gpu*.json`, and for each a reading, `benchmarks/readings/NAME.md`
-(`optimizers`, `gpu-pretrain`): prose whose every figure is a placeholder. `tests/test_docs.py` fails while
-the page differs.
+(`optimizers`, `gpu-pretrain`, `gpu-speed-llama-350m-bf16`): prose whose every figure is a placeholder.
+`tests/test_docs.py` fails while the page differs.
 
 A placeholder is `{WHAT}`, `{WHAT - WHAT}` or `{WHAT / WHAT}`, with `|FORMAT` after it where four significant
 digits are not wanted. WHAT is a contestant's name and a field, or a path from the document's top, dotted:
 `{fira.loss}`, `{adamw.loss.lowest}`, `{galore-torch.loss - adamw.loss|+.3f}`, `{job.tokens}`; a spread stands
 for its median, and `fira.reported.60M` for the paper's perplexity. FORMAT is `bytes`, `count`, `duration`,
-`percent` or Python's own, such as `.2f`. What is not there is an error.
+`percent` or Python's own, such as `.2f`. What is not there is an error, and so is a number that is typed:
+small ones are written as words, and `TYPED` are names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scrimp.base.units import format_bytes, format_count, format_duration
 from scrimp.bench.suites import SUITES
@@ -68,6 +69,10 @@ PAPERS = (
     "Not measured by us, and not on this job. Signed: how far it lies from {reference}'s, in nats a token; "
     "in brackets: the memory that stands beside it there."
 )
+NUMBER = re.compile(r"(?<![\w-])\d[\w.,-]*")
+PAPER = re.compile(r"arXiv \d{4}\.\d{5}")
+CODE = re.compile(r"`[^`]*`")
+TYPED = ("4-bit", "8-bit", "16-bit", "32-bit", "60M", "130M", "350M", "1B", "3B", "7B")
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 SPECIFICATION = re.compile(r"[+]?,?(\.\d+)?[efg%]?")
 FORMATS = {
@@ -76,6 +81,20 @@ FORMATS = {
     "duration": format_duration,
     "percent": lambda share: f"{100 * share:.3g} %",
 }
+
+
+class Suite(NamedTuple):
+    """A suite's document.
+
+    Attributes:
+        name: What its pictures and reading bear.
+        row: The row of a GPU result that holds it; empty where a file is its own.
+        document: What `scrimp bench` wrote.
+    """
+
+    name: str
+    row: str
+    document: Document
 
 
 def page(results: Path = RESULTS, readings: Path = READINGS) -> str:
@@ -88,27 +107,37 @@ def page(results: Path = RESULTS, readings: Path = READINGS) -> str:
     Raises:
         ValueError: A reading names something that its document lacks.
     """
-    found = dict(documents(results))
+    found = {one.name: one for one in documents(results)}
     parts = [INTRODUCTION]
     for suite in SUITES:
-        name = f"bench-{suite.name}"
-        parts.append(
-            _section(name, found.pop(name), readings) if name in found else _none_yet(suite.name, suite.title)
-        )
-    parts += [_section(name, document, readings) for name, document in found.items()]
+        one = found.pop(f"bench-{suite.name}", None)
+        parts.append(_none_yet(suite.name, suite.title) if one is None else _section(one, readings))
+    parts += [_section(one, readings) for one in found.values()]
     return "\n".join(parts)
 
 
-def documents(results: Path = RESULTS) -> Iterator[tuple[str, Document]]:
-    """Yield the suites' documents, each with the name that its pictures and reading bear."""
-    for path in sorted(results.glob("bench-*.json")):
-        yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+def documents(results: Path = RESULTS) -> list[Suite]:
+    """Return the suites' documents, each with a name of its own.
+
+    Raises:
+        ValueError: Two have the same name.
+    """
+    found = [
+        Suite(path.stem, "", json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(results.glob("bench-*.json"))
+    ]
     for path in sorted(results.glob("gpu*.json")):
         parts = json.loads(path.read_text(encoding="utf-8"))["results"]
-        for part, found in parts.items():
-            for row in found["rows"]:
+        for part, made in parts.items():
+            for row in made["rows"]:
                 if row.get("document"):
-                    yield f"{path.stem}-{part}", row["document"]
+                    # A part that is one suite has a row of its own name.
+                    own = [] if row["name"] == part else [re.sub(r"[^\w.]+", "-", row["name"])]
+                    found.append(Suite("-".join([path.stem, part, *own]), row["name"], row["document"]))
+    names = [one.name for one in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two documents have one name: {', '.join(names)}")
+    return found
 
 
 def pictures(name: str, document: Document) -> list[Path]:
@@ -125,9 +154,18 @@ def filled(reading: str, document: Document) -> str:
     """Return a reading with its placeholders filled in.
 
     Raises:
-        ValueError: A placeholder cannot be read, or names something that is not there.
+        ValueError: A placeholder cannot be read, or names something that is not there; or a number is typed.
     """
+    if bare := bare_numbers(reading):
+        raise ValueError(f"these numbers are typed, not filled in: {', '.join(bare)}")
     return PLACEHOLDER.sub(lambda place: _value(place[1], document), reading)
+
+
+def bare_numbers(reading: str) -> list[str]:
+    """Return the numbers that a reading types itself, those of names, code and papers apart."""
+    prose = re.sub("|".join(each.pattern for each in (PLACEHOLDER, PAPER, CODE)), "", reading)
+    found = [number.rstrip(".,-") for number in NUMBER.findall(prose)]
+    return [number for number in found if number not in TYPED]
 
 
 def _value(placeholder: str, document: Document) -> str:
@@ -159,8 +197,8 @@ def _look_up(path: str, document: Document) -> Any:
     found: Any = document if start is None else start
     keys = path if start is None else path.removeprefix(f"{start['name']}.")
     for key in keys.split("."):
-        if isinstance(found, list) and key != "":  # of the papers' figures, the main one of a size
-            found = next((one["value"] for one in found if one.get("model") == key), None)
+        if isinstance(found, list):
+            found = _perplexity(found, key)
         else:
             found = found.get(key) if isinstance(found, Mapping) else None
     if isinstance(found, Mapping):
@@ -168,6 +206,19 @@ def _look_up(path: str, document: Document) -> Any:
     if isinstance(found, bool) or not isinstance(found, int | float | str):
         raise ValueError(f"{{{path}}}: the document has no such figure")
     return found
+
+
+def _perplexity(entries: list[Document], model: str) -> float | None:
+    """Return the perplexity that a paper reports on a model; of several, the first is the main one."""
+    found = (
+        one["value"]
+        for one in entries
+        if isinstance(one, Mapping)
+        and one.get("model") == model
+        and "perplexity" in one["metric"]
+        and "log" not in one["metric"]
+    )
+    return next(found, None)
 
 
 def _number(value: float) -> str:
@@ -179,17 +230,18 @@ def _none_yet(suite: str, title: str) -> str:
     return f"## {title}\n\nNo result yet: `scrimp bench {suite} --out DIR` makes one.\n"
 
 
-def _section(name: str, document: Document, readings: Path) -> str:
+def _section(suite: Suite, readings: Path) -> str:
     """Return a suite's heading, reading, table, pictures, papers' figures and what it was measured on."""
-    where = f" ({document['environment']['device_name']})" if not name.startswith("bench-") else ""
+    name, row, document = suite
+    where = f" ({row}, {document['environment']['device_name']})" if row else ""
     reading = readings / f"{name.removeprefix('bench-')}.md"
-    parts = [f"## {document['title']}{where}", *([BUSY] if document["busy"] else [])]
+    parts = [f"## {_cell(document['title'] + where)}", *([BUSY] if document["busy"] else [])]
     if reading.is_file():
         try:
             parts.append(filled(reading.read_text(encoding="utf-8"), document).strip())
         except ValueError as error:
             raise ValueError(f"{reading}: {error}") from None
-    parts += [f"{label}: {text}." for label, text in _rules(document)]
+    parts += [f"{label}: {_cell(text)}." for label, text in _rules(document)]
     parts.append(_results(document))
     parts.append(f"In the table: {_cell(legend(document))}.")
     listed = [*absences(document), *(("note", note) for note in document["notes"])]
@@ -221,7 +273,7 @@ def _shown(name: str, document: Document) -> Iterator[str]:
     """Yield the pictures, each with what it shows for who cannot see it."""
     says = {picture.name: picture.shows for picture in PICTURES}
     for picture, path in zip(names(document), pictures(name, document), strict=True):
-        yield f"![{document['title']}: {says[picture]}](assets/{path.name})"
+        yield f"![{_cell(document['title'])}: {says[picture]}](assets/{path.name})"
 
 
 def _papers(document: Document) -> Iterator[str]:
@@ -237,9 +289,9 @@ def _papers(document: Document) -> Iterator[str]:
             [row.name, *([nats(row.here)] if here else []), *(_paper_cell(row, model) for model in models)]
             for row in rows
         ]
-        yield f"**{metric[0].upper()}{metric[1:]}**"
+        yield f"**{_cell(metric[0].upper() + metric[1:])}**"
         yield _table([head, ["---", *["---:"] * (len(head) - 1)], *body])
-        yield "\n".join(f"- {named}: {source}" for named, source in paper_sources(rows))
+        yield "\n".join(f"- {_cell(named)}: {_cell(source)}" for named, source in paper_sources(rows))
 
 
 def _paper_cell(row: PaperRow, model: str) -> str:
@@ -248,9 +300,9 @@ def _paper_cell(row: PaperRow, model: str) -> str:
 
 
 def _measured_on(document: Document) -> str:
-    command = shlex.join(document["command"])
+    command = " ".join(shlex.join(document["command"]).replace("`", "'").split())
     parts = [
-        f"Measured on: {environment_line(document)}.",
+        f"Measured on: {_cell(environment_line(document))}.",
         f"Command: `{command}`, {format_duration(document['seconds'])}, {document['made']}.",
         f"Document: SHA-256 `{fingerprint(document)[:16]}`.",
     ]
@@ -262,14 +314,14 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text that Markdown shows as it is."""
-    return re.sub(r"([|*<\[\]`_])", r"\\\1", text)
+    """Return text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\|*<\[\]`_])", r"\\\1", " ".join(text.split()))
 
 
 def main() -> int:
     """Rewrite the page and the pictures; remove those that belong to no document."""
     wanted = []
-    for name, document in documents():
+    for name, _, document in documents():
         wanted += write_plots(document, ASSETS, prefix=f"{name}-", kinds=("svg",))
         wanted.append(report(name))
         write_page(document, wanted[-1])

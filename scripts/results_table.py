@@ -37,19 +37,21 @@ TITLES = {
     "memory_peers": "Predicted memory, beside other tools",
     "plan_time": "How long a plan takes",
 }
+ON_GPU = {"gpu": "On a GPU"}  # shown where there is a result, which most machines cannot make
 LEAST_TOKENISING_RATIO = 1.3
 MOST_PREPARING_MB = 400
 
 
 def page(text: str, results: Path = RESULTS) -> str:
     """Return the page with its tables written anew."""
-    sections = "\n\n".join(section(name, results / f"{name}.json") for name in TITLES)
+    shown = [*TITLES, *(name for name in ON_GPU if (results / f"{name}.json").is_file())]
+    sections = "\n\n".join(section(name, results / f"{name}.json") for name in shown)
     return PLACE.sub(lambda place: f"{place[1]}\n{sections}\n\n{place[3]}", text)
 
 
 def section(name: str, path: Path) -> str:
     """Return one benchmark's heading, tables, and what it was measured on."""
-    heading = f"## {TITLES[name]}\n"
+    heading = f"## {(TITLES | ON_GPU)[name]}\n"
     if not path.is_file():
         return f"{heading}\nNo result yet: `benchmarks/{name}.py` makes one."
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +195,8 @@ def _measured_on(document: Document) -> str:
         **document.get("machine", {}),
         "versions": document.get("versions", {}),
     }
-    words = [str(around[key]) for key in ("cpu", "platform", "system") if key in around]
+    words = [str(around[key]) for key in ("device_name", "cpu", "platform", "system") if key in around]
+    words = list(dict.fromkeys(words))  # on a CPU the device is the processor
     words += [f"{around['cores']} cores"] if "cores" in around else []
     versions = {"python": around["python"]} if "python" in around else {}
     words += [f"{name} {version}" for name, version in (versions | around.get("versions", {})).items()]

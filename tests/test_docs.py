@@ -111,7 +111,7 @@ def test_pictures_and_reports_of_the_results_are_of_the_committed_documents(suit
     from scrimp.report.suite_plots import fingerprint
 
     wanted = set()
-    for name, document in suites.documents():
+    for name, _, document in suites.documents():
         for path in suites.pictures(name, document):
             assert fingerprint(document) in path.read_text(encoding="utf-8"), path.name
             wanted.add(path.name)
@@ -121,17 +121,31 @@ def test_pictures_and_reports_of_the_results_are_of_the_committed_documents(suit
     assert there == wanted, "run: python scripts/results_page.py"
 
 
-def _bare_figures(reading: str) -> list[str]:
-    """Return the decimal figures that a reading types itself, those of a paper's number apart."""
-    return re.findall(r"\d+[.,]\d+", re.sub(r"\{[^{}]*\}|arXiv \d{4}\.\d{5}", "", reading))
+def test_a_number_that_a_reading_types_is_an_error(suites: ModuleType) -> None:
+    allowed = "{job.tokens} of two with 8-bit AdamW8bit at 60M (arXiv 2403.03507), `--seeds 3`, llama-1m."
+    assert suites.bare_numbers(allowed) == []
+    assert suites.bare_numbers("below 1.93, by 12 % on 3 of 307,200.") == ["1.93", "12", "3", "307,200"]
+    assert suites.filled(allowed, suite_document()).startswith("307,200 of two")
+    with pytest.raises(ValueError, match="typed, not filled in: 12"):
+        suites.filled("by 12 %", suite_document())
 
 
-def test_a_reading_types_no_figure_and_belongs_to_a_document(suites: ModuleType) -> None:
-    assert _bare_figures("{a.loss|.3f} below 1.93 (arXiv 2403.03507)") == ["1.93"]
-    known = {name.removeprefix("bench-") for name, _ in suites.documents()}
-    for path in suites.READINGS.glob("*.md"):
-        assert _bare_figures(path.read_text(encoding="utf-8")) == [], path.name
-        assert path.stem in known, f"{path.name} is shown nowhere"
+def test_a_perplexity_that_is_asked_for_is_no_other_figure_of_the_paper(suites: ModuleType) -> None:
+    document = suite_document()
+    row = next(one for one in document["contestants"] if one["name"] == "galore-torch")
+    entry = {"model": "60M", "metric": "tokens/s", "value": 1257.0}
+    row["reported"].insert(0, {**row["reported"][0], **entry})
+    assert suites.filled("{galore-torch.reported.60M}", document) == "34.88"
+    row["reported"] = row["reported"][:1]
+    with pytest.raises(ValueError, match="no such figure"):
+        suites.filled("{galore-torch.reported.60M}", document)
+
+
+def test_every_reading_belongs_to_a_document(suites: ModuleType, tmp_path: Path) -> None:
+    known = {name.removeprefix("bench-") for name, *_ in suites.documents()}
+    astray = [path.name for path in suites.READINGS.glob("*.md") if path.stem not in known]
+    assert astray == [], "shown nowhere"
+    assert suites.documents(tmp_path) == []
 
 
 def test_a_suite_becomes_a_section_with_its_reading(suites: ModuleType, tmp_path: Path) -> None:
@@ -150,6 +164,64 @@ def test_a_suite_becomes_a_section_with_its_reading(suites: ModuleType, tmp_path
     assert page.count(suites.BUSY) == 2
     assert "Command: `scrimp bench optimizers --seeds 3`, 45 min 10 s" in page
     assert page.count("No result yet") == len(suites.SUITES) - 1
+
+
+def test_rows_of_one_part_have_a_name_and_a_heading_each(suites: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"name": f"llama-350m {precision}", "document": suite_document(seed)}
+        for seed, precision in enumerate(("fp32", "bf16"))
+    ]
+    gpu = {"results": {"speed": {"rows": [{"name": "warm-up"}, *rows]}}}
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu), encoding="utf-8")
+    names = ["gpu-speed-llama-350m-fp32", "gpu-speed-llama-350m-bf16"]
+    assert [one.name for one in suites.documents(tmp_path)] == names
+    (tmp_path / f"{names[1]}.md").write_text("Read the second.", encoding="utf-8")
+    page = suites.page(tmp_path, tmp_path)
+    headings = [line for line in page.splitlines() if line.startswith("## ") and "llama-350m" in line]
+    assert len(headings) == 2
+    for name, row, heading in zip(names, rows, headings, strict=True):
+        assert f"({row['name']}, Abacus 9000)" in heading
+        assert page.count(f"](assets/{name}.html)") == 1
+    assert page.index("Read the second.") > page.index(headings[1])
+    gpu["results"]["speed"]["rows"].append(rows[0])
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu), encoding="utf-8")
+    with pytest.raises(ValueError, match="one name"):
+        suites.documents(tmp_path)
+
+
+def test_hostile_text_cannot_break_the_results_page(suites: ModuleType, tmp_path: Path) -> None:
+    hostile = "x|y\n\n## z <script>alert(1)</script> `a` [b](c) *d*"
+    document = suite_document() | {"title": hostile, "notes": [hostile], "command": ["scrimp", hostile]}
+    document["contestants"][1] |= {"name": hostile, "why": hostile, "status": "partial"}
+    document["environment"]["device_name"] = document["job"]["data"] = hostile
+    (tmp_path / "bench-optimizers.json").write_text(json.dumps(document), encoding="utf-8")
+    page = suites.page(tmp_path, tmp_path)
+    prose = re.sub(r"`[^`]*`", "", page.replace("\\`", ""))
+    assert "\\<script>" in page and not re.search(r"(?<!\\)<script", prose)
+    assert not any(line.startswith("## z") for line in page.splitlines())
+    assert "](c)" not in re.sub(r"\\\](?=\(c\))", "", prose)
+    lines = [line for line in page.splitlines() if line.startswith("| ") and "held-out" in page]
+    counts = {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:12]}
+    assert len(lines) > 12 and len(counts) == 1
+
+
+def test_targets_of_a_gpu_are_a_table_where_there_is_a_result(results: ModuleType, tmp_path: Path) -> None:
+    text = "<!-- results -->\n<!-- end of results -->"
+    assert "On a GPU" not in results.page(text, tmp_path)
+    document = {
+        "command": ["python", "benchmarks/gpu/run.py"],
+        "busy": False,
+        "environment": {"device_name": "Abacus 9000", "cpu": "Abax", "versions": {"torch": "2.13.0"}},
+        "targets": [
+            {"part": "speed", "what": "tokens/s, ours / Trainer", "value": 1.2, "at_least": 0.95, "met": True}
+        ],
+        "results": {},
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(document), encoding="utf-8")
+    page = results.page(text, tmp_path)
+    assert "## On a GPU" in page
+    assert "| tokens/s, ours / Trainer | 1.2 | at least 0.95 | yes |" in page
+    assert "Abacus 9000, Abax, torch 2.13.0. Command: `python benchmarks/gpu/run.py`." in page
 
 
 @pytest.mark.parametrize(
@@ -176,6 +248,8 @@ def test_a_placeholder_is_filled_from_the_document(suites: ModuleType, reading: 
         "{fira.loss - job.data}",
         "{fira.loss - adamw.loss - lion-pytorch.loss}",
         "{fira.loss|__class__}",
+        "{galore-torch.reported.2B}",
+        "{fira.trials.0}",
         "{}",
     ],
 )

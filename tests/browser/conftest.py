@@ -6,6 +6,7 @@ Without the Python package playwright or a Chromium the tests are skipped, with 
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -17,11 +18,14 @@ from typing import Any
 import pytest
 
 from scrimp.report.page import write_page
+from scrimp.report.run_document import averaged
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 TOKENS = 307_200
 POINTS = 300
 MIB = 2**20
+# A no-break space, joined emoji, a line break, a byte that is no UTF-8, quotes, and what ends a script.
+AWKWARD = ("\xa0x", "\U0001f468\u200d\U0001f52c", "\nline", "\udcff", "\"]'\\", "</script><b>&amp;")
 # Name, package, held-out loss at the end, optimizer state a parameter, tokens/s.
 METHODS = (
     ("adamw", None, 1.912, 8.0, 5400),
@@ -60,6 +64,7 @@ def _curve(rng: random.Random, end: float, seed: int, points: int) -> dict[str, 
     return {
         "seed": seed,
         "lr": 0.0075,
+        "loss": end,
         "tokens": [TOKENS * (i + 1) // points for i in range(points)],
         "train": _falling(rng, end - 0.03, points, 0.05),
         "eval_tokens": [TOKENS * (i + 1) // evaluations for i in range(evaluations)],
@@ -191,6 +196,7 @@ def suite() -> dict[str, Any]:
             "precision": "fp32",
             "device": "cpu",
             "threads": 1,
+            "speed_threads": 2,
             "evaluation_tokens": 15_286,
             "evaluation_every": 15,
         },
@@ -205,6 +211,7 @@ def suite() -> dict[str, Any]:
             "target_rule": "what the reference reaches after nine tenths of the tokens",
             "pairs": 5,
             "turn_steps": 10,
+            "seconds": None,
         },
         "contestants": [_contestant(rng, index, 3) for index in range(len(METHODS))] + absent,
     }
@@ -217,6 +224,8 @@ def _run(rng: random.Random, name: str, lr: float, end: float) -> dict[str, Any]
     held = _falling(rng, end, len(evals), 0.003)
     names = ("load", "forward", "loss, micro-batch 1", "backward, micro-batch 1", "optimizer step", "save")
     base = {"fixed": 391 * MIB, "weights": 4 * MIB, "optimizer state": 7 * MIB}
+    losses = _falling(rng, end - 0.02, steps, 0.06)
+    norms = [0.5 + 3 * math.exp(-x / 80) + abs(rng.gauss(0, 0.1)) + (9 if x == 612 else 0) for x in xs]
 
     def moment(index: int, off: float) -> dict[str, Any]:
         more = {
@@ -252,11 +261,11 @@ def _run(rng: random.Random, name: str, lr: float, end: float) -> dict[str, Any]
         "train": {
             "step": xs,
             "tokens": [x * tokens for x in xs],
-            "loss": _falling(rng, end - 0.02, steps, 0.06),
+            "loss": losses,
+            "loss_average": averaged(xs, losses),
             "lr": [lr * min(1, x / 50) * (1 if x < 900 else (1100 - x) / 200) for x in xs],
-            "grad_norm": [
-                0.5 + 3 * math.exp(-x / 80) + abs(rng.gauss(0, 0.1)) + (9 if x == 612 else 0) for x in xs
-            ],
+            "grad_norm": norms,
+            "grad_norm_average": averaged(xs, norms),
             "tokens_per_s": [None if x == 1 else 21_500 + rng.gauss(0, 600) for x in xs],
             "peak_bytes": [round((420 + 18 * (x > 1) + 2 * (x > 54) + 3 * (x > 700)) * MIB) for x in xs],
         },
@@ -268,6 +277,8 @@ def _run(rng: random.Random, name: str, lr: float, end: float) -> dict[str, Any]
             "bits_per_byte": [x / math.log(2) for x in held],
         },
         "tokens_per_s": 21_500.0,
+        "peak_bytes": 443 * MIB,
+        "peak_of": "process",
         "predicted_bytes": 440 * MIB,
         "budget_bytes": 512 * MIB,
         "memory": {
@@ -321,9 +332,62 @@ def browser() -> Iterator[Any]:
 def poor(suite: dict[str, Any]) -> dict[str, Any]:
     """Return a suite of which little came: two did not run, one left only its state and a broken curve."""
     bare = dict.fromkeys(suite["contestants"][0])
-    curve = {"seed": 0, "lr": 0.1, "tokens": [1, 2], "train": [None, 2.0], "eval_tokens": [], "eval": []}
+    curve = {
+        "seed": 0,
+        "lr": 0.1,
+        "loss": 2.0,
+        "tokens": [1, 2],
+        "train": [None, 2.0],
+        "eval_tokens": [],
+        "eval": [],
+    }
     some = {"name": "lora", "status": "partial", "why": "killed", "state_bytes": 0, "curves": [curve]}
     return {**suite, "protocol": {}, "load": {}, "contestants": [bare | some, *suite["contestants"][-2:]]}
+
+
+@pytest.fixture(scope="session")
+def diverged(suite: dict[str, Any]) -> dict[str, Any]:
+    """Return a suite in which nobody has a loss: one never learnt, another lost two seeds of three."""
+    never, twice = (copy.deepcopy(row) for row in suite["contestants"][:2])
+    gone = {"loss": None, "bits_per_byte": None, "to_target": None, "status": "done"}
+    never |= {**gone, "lr": None, "curves": [], "why": "diverged at every learning rate tried"}
+    twice |= {**gone, "why": "2 of 3 seeds diverged"}
+    for trial in never["trials"]:
+        trial["loss"] = None
+    for curve in twice["curves"][1:]:
+        curve |= {"loss": None, "eval": [*curve["eval"][:5], *[None] * (len(curve["eval"]) - 5)]}
+    return {**suite, "contestants": [never, twice], "protocol": {**suite["protocol"], "target_loss": None}}
+
+
+@pytest.fixture(scope="session")
+def hostile(suite: dict[str, Any], runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a suite and runs whose names hold what pages and selectors change."""
+    rows = [
+        {**row, "name": f"{row['name']}{text}"}
+        for row, text in zip(suite["contestants"], AWKWARD, strict=False)
+    ]
+    named = [{**runs["runs"][n % 2], "name": f"run{text}"} for n, text in enumerate(AWKWARD)]
+    protocol = {**suite["protocol"], "reference": rows[0]["name"]}
+    return {
+        "hostile suite": {**suite, "contestants": rows, "protocol": protocol},
+        "hostile runs": {**runs, "runs": named, "changes": []},
+    }
+
+
+@pytest.fixture(scope="session")
+def speed(suite: dict[str, Any]) -> dict[str, Any]:
+    """Return a suite of speed alone: nothing learns."""
+    nothing = {"lr": None, "trials": [], "curves": [], "lr_at_edge": False}
+    nothing |= dict.fromkeys(("loss", "bits_per_byte", "to_target", "memory"))
+    rules = {"trials": 0, "seeds": 0, "lr_centre": None, "lr_law": None}
+    rules |= {"target_loss": None, "target_rule": None}
+    return {
+        **suite,
+        "suite": "speed",
+        "job": {**suite["job"], "tokens": None, "steps": None},
+        "protocol": {**suite["protocol"], **rules},
+        "contestants": [{**row, **nothing} for row in suite["contestants"][:4]],
+    }
 
 
 @pytest.fixture(scope="session")
@@ -331,13 +395,30 @@ def files(
     suite: dict[str, Any],
     runs: dict[str, Any],
     poor: dict[str, Any],
+    diverged: dict[str, Any],
+    hostile: dict[str, dict[str, Any]],
+    speed: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """Return the reports as files."""
     folder = tmp_path_factory.mktemp("reports")
-    for name, document in (("suite", suite), ("runs", runs), ("poor", poor)):
+    more = [{**row, "name": f"{row['name']}-{n}"} for n in (2, 3) for row in suite["contestants"][:12]]
+    first = suite["contestants"][0]
+    documents = {
+        "suite": suite,
+        "runs": runs,
+        "poor": poor,
+        "diverged": diverged,
+        "alone": {**suite, "contestants": suite["contestants"][:1]},
+        "pair": {**suite, "contestants": [{**first, "curves": first["curves"][:2]}]},
+        "memory": {**suite, "suite": "memory"},
+        "speed": speed,
+        "crowd": {**suite, "contestants": [*more, *suite["contestants"]]},
+        **hostile,
+    }
+    for name, document in documents.items():
         write_page(document, folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in ("suite", "runs", "poor")}
+    return {name: folder / f"{name}.html" for name in documents}
 
 
 @pytest.fixture

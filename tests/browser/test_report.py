@@ -245,3 +245,115 @@ def test_suite_of_which_little_came_is_shown_without_a_complaint(visit: Visit) -
     assert "Nothing of what is picked was measured" in page.locator("#chart-loss").inner_text()
     page.locator("#chart-loss").get_by_text("training", exact=True).click()
     assert _lines(page, "#chart-loss") == {"lora"}
+
+
+@pytest.mark.parametrize("kind", ["hostile suite", "hostile runs"])
+def test_awkward_names_hinder_no_chart(
+    visit: Visit, hostile: dict[str, dict[str, Any]], kind: str, suite: dict[str, Any]
+) -> None:
+    page = visit(kind)
+    charts = (
+        ("loss", "front", "search", "memory", "speed") if kind.endswith("suite") else ("loss", "peak", "lr")
+    )
+    rows = hostile[kind].get("contestants") or hostile[kind]["runs"]
+    assert len(rows) == 6
+    for chart in charts:
+        page.wait_for_selector(f"#chart-{chart} svg.plot")
+        assert len(_lines(page, f"#chart-{chart}")) == len(rows), chart
+    table = "#contestants" if kind.endswith("suite") else "#runs"
+    assert page.locator(f"{table} tbody .pick").count() == len(rows)
+    if kind.endswith("suite"):
+        page.locator("#contestants tbody .pick input").nth(2).uncheck()
+        assert len(_lines(page, "#chart-loss")) == len(rows) - 1
+
+
+def test_diverged_runs_are_said_in_words_and_never_bold(visit: Visit) -> None:
+    page = visit("diverged")
+    rows = page.locator("#contestants tbody tr")
+    assert "diverged at every learning rate tried" in rows.nth(0).inner_text()
+    assert "2 of 3 seeds diverged" in rows.nth(1).inner_text()
+    assert page.locator("#contestants tbody td", has_text="diverged").count() == 2  # in the place of a loss
+    assert page.locator("#chart-loss .line").count() == 3
+    assert page.locator("#chart-loss .line.bold").count() == 0
+    assert "Diverged: adam-mini." in page.locator("#chart-loss").inner_text()
+    assert page.locator("#chart-search .lost").count() == 3
+
+
+@pytest.mark.parametrize(("kind", "count"), [("alone", 3), ("pair", 2)])
+def test_the_bold_seed_is_the_median_and_of_two_the_upper(
+    visit: Visit, suite: dict[str, Any], kind: str, count: int
+) -> None:
+    page = visit(kind)
+    ends = {}
+    for line in ("bold", "faint"):
+        paths = page.locator(f"#chart-loss .{line}").and_(page.locator("path, g"))
+        found = paths.evaluate_all("all => all.map(e => (e.querySelector('path') ?? e).getAttribute('d'))")
+        ends[line] = [float(path.split()[-1]) for path in found]
+    assert (len(ends["bold"]), len(ends["faint"])) == (1, count - 1)
+    # Seeds end one above the other; what is higher on the page has the smaller number.
+    assert ends["bold"][0] == sorted([*ends["bold"], *ends["faint"]])[(count - 1) // 2]
+    assert ("upper of the two" in page.locator("#chart-loss").inner_text()) == (count == 2)
+
+
+def test_suite_of_memory_shows_no_loss_but_the_prediction(visit: Visit) -> None:
+    page = visit("memory")
+    heads = page.locator("#contestants thead").first.inner_text()
+    assert "predicted" in heads and "error" in heads
+    assert not any(word in heads for word in ("loss", "lr", "target"))
+    assert page.locator("figure.chart").count() == 3  # memory, tokens/s and their ratio
+    assert page.locator("#chart-memory svg.plot").count() == 1
+    said = page.locator("#protocol").inner_text()
+    assert "tuning" not in said and "seed" not in said and "target" not in said
+
+
+def test_suite_of_speed_says_nothing_of_training(visit: Visit) -> None:
+    page = visit("speed")
+    assert page.locator("figure.chart").count() == 2
+    lead = page.locator(".lead").inner_text()
+    assert "2 threads" in lead and "1 thread" not in lead
+    assert " tokens" not in lead and "steps of 8 × 128" in lead and "300" not in lead
+    said = page.locator("#protocol").inner_text()
+    assert "Speed is compared with adamw" in said
+    assert not any(word in said for word in ("tuning", "seed", "target", "centred", "None"))
+
+
+def test_crowd_starts_with_the_twelve_best_and_its_front_is_of_all(
+    visit: Visit, suite: dict[str, Any]
+) -> None:
+    page = visit("crowd")
+    losses = {row["name"]: row["loss"]["median"] for row in suite["contestants"] if row["loss"]}
+    best = sorted(losses, key=lambda name: losses[name])[:4]
+    shown = _lines(page, "#chart-loss")
+    assert shown == {f"{name}{end}" for name in best for end in ("", "-2", "-3")}
+    front = page.locator("#chart-front .line.front").get_attribute("d")
+    page.get_by_role("button", name="all", exact=True).click()
+    page.get_by_label("show bitsandbytes:AdamW8bit in the charts", exact=True).uncheck()
+    corners = page.locator("#chart-front .line.front").get_attribute("d").count("V")
+    assert corners == front.count("V") >= 1
+
+
+def test_what_a_chart_leaves_out_is_said_beneath_it(visit: Visit) -> None:
+    page = visit("suite")
+    chart = page.locator("#chart-loss")
+    assert "Above the close-up: sgd 2.67" in chart.inner_text()
+    chart.get_by_label("close-up").uncheck()
+    assert "Above the close-up" not in chart.inner_text()
+
+
+def test_only_keys_are_read_aloud(visit: Visit) -> None:
+    page = visit("suite")
+    spoken = page.locator("#spoken")
+    page.locator("#chart-front .series[data-name=galore-torch] .marker").hover()
+    assert page.locator("#tip").is_visible() and spoken.text_content() == ""
+    page.locator("#chart-speed svg.plot").focus()
+    page.keyboard.press("End")
+    assert "tokens/s" in spoken.text_content()
+    assert page.locator("#tip").get_attribute("role") is None
+
+
+def test_levels_too_close_for_a_name_each_share_one(visit: Visit) -> None:
+    page = visit("hostile runs")
+    rules = page.locator("#chart-peak path.rule.planned")
+    assert rules.count() == 6
+    names = page.locator("#chart-peak text.tick.planned").all_text_contents()
+    assert names == ["planned 440 MiB"]

@@ -184,5 +184,27 @@ def test_a_suite_stands_alone_and_must_be_whole(refused: Refused, run: Path, sui
         assert "bench.json: this is no suite" in refused("report", suite)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda document: document.pop("job"),
+        lambda document: document.pop("contestants"),
+        lambda document: document["contestants"].append(1),
+        lambda document: document["contestants"][0].pop("status"),
+        lambda document: document["contestants"][0].update(loss="low"),
+        lambda document: document["protocol"].pop("trials"),
+        lambda document: document["environment"].pop("device_name"),
+    ],
+)
+def test_a_damaged_suite_is_a_sentence_and_no_page(
+    refused: Refused, suite: Path, damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    document = json.loads((suite / "bench.json").read_text())
+    damage(document)
+    (suite / "bench.json").write_text(json.dumps(document))
+    assert "bench.json: this file is damaged" in refused("report", suite)
+    assert not (suite / "report.html").exists()
+
+
 def test_no_run_at_all_is_refused(refused: Refused) -> None:
     assert "Missing argument 'RUN...'" in refused("report")

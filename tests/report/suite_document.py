@@ -68,6 +68,7 @@ def suite_document(seed: int = 0) -> dict[str, Any]:
             "precision": "fp32",
             "device": "cpu",
             "threads": 1,
+            "speed_threads": 2,
             "evaluation_tokens": 15_286,
             "evaluation_every": EVERY,
         },
@@ -82,6 +83,7 @@ def suite_document(seed: int = 0) -> dict[str, Any]:
             "target_rule": "the reference's held-out loss at the end, and one per cent",
             "pairs": 5,
             "turn_steps": 10,
+            "seconds": None,
         },
         "contestants": [
             *(_done(dice, *row) for row in DONE),
@@ -125,6 +127,7 @@ def _curve(dice: random.Random, seed: int, final: float) -> dict[str, Any]:
     return {
         "seed": seed,
         "lr": 0.01,
+        "loss": final,
         "tokens": [step * tokens for step in steps],
         "train": [loss(step) - 0.05 + dice.gauss(0, 0.03) for step in steps],
         "eval_tokens": [step * tokens for step in evals],

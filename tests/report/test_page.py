@@ -72,6 +72,7 @@ def _run(name: str, **changes: Any) -> dict[str, Any]:
         },
         "eval": {"step": [3], "eval_loss": [1.5]},
         "tokens_per_s": 2.0,
+        "peak_bytes": 4 * MIB,
         "predicted_bytes": 3 * MIB,
         "sample": "def main():\n    pass",
         **changes,
@@ -265,3 +266,53 @@ def test_written_page_is_the_page(tmp_path: Path) -> None:
     write_page(_suite(), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page(_suite())
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_target_that_the_median_seed_missed_says_how_many_reached_it() -> None:
+    some = {"tokens": None, "seconds": None, "reached": 1, "of": 3}
+    text = page(_suite(_contestant("adamw", 1.9), _contestant("sgd", 2.6, to_target=some)))
+    assert _row(text, "sgd")[4:6] == ["not reached (1 of 3)", "–"]  # no speed of it was measured
+    timed = _contestant("sgd", 2.6, to_target=some, tokens_per_s=_spread(100.0))
+    assert _row(page(_suite(_contestant("adamw", 1.9), timed)), "sgd")[5] == "not reached (1 of 3)"
+
+
+def test_diverged_contestant_says_so_in_place_of_its_loss() -> None:
+    lost = [{"seed": seed, "loss": None} for seed in range(3)]
+    gone = {**_contestant("sgd", 2.6, curves=lost, why="2 of 3 seeds diverged"), "loss": None}
+    row = _row(page(_suite(_contestant("adamw", 1.9), gone)), "sgd")
+    assert row[0].endswith("2 of 3 seeds diverged") and row[1] == "diverged"
+
+
+def test_threads_of_learning_and_of_speed_are_told_apart() -> None:
+    job = {"model": "llama-1m", "threads": 1, "speed_threads": 2}
+    rules = {"reference": "adamw", "seeds": 3, "trials": 3, "pairs": 5}
+    assert "learning with 1 thread, speed with 2" in page(_suite(job=job, protocol=rules))
+    assert "· 2 threads<" in page(_suite(job=job, protocol=rules | {"trials": 0}))
+    assert "· 1 thread<" in page(_suite(job=job, protocol=rules | {"pairs": 0}))
+
+
+def test_suite_of_equal_seconds_says_so_and_of_equal_steps_too() -> None:
+    job = {"model": "llama-1m", "tokens": 307_200, "steps": 300, "batch": 8, "seq": 128}
+    rules = {"reference": "adamw", "seeds": 3, "trials": 3, "lr_factor": 3.1623}
+    steps, seconds = (page(_suite(job=job, protocol=rules | {"seconds": s})) for s in (None, 60.0))
+    assert "and the steps are the same" in steps and "300 steps of 8 × 128" in steps
+    assert "the seconds of training (60 s each) are the same" in seconds
+    assert "1 min 00 s of training each" in seconds and "307 K" not in seconds.split("<nav")[0]
+
+
+def test_peak_of_an_allocator_is_called_so() -> None:
+    assert "peak allocated" in page(_runs(_run("one", peak_of="allocator")))
+    assert "peak allocated" not in page(
+        _runs(_run("one", peak_of="process"), _run("two", peak_of="allocator"))
+    )
+
+
+def test_browser_without_pairs_of_colours_has_the_light_ones() -> None:
+    style = files("scrimp.report.web").joinpath("report.css").read_text(encoding="utf-8")
+    plain = re.sub(r"@supports \(color: light-dark.*?\n}\n", "", style, flags=re.DOTALL)
+    assert "light-dark(" in style and "light-dark(" not in plain
+    both = dict(re.findall(r"(--[\w-]+): light-dark\(([^,]+),", style))
+    named = dict(re.findall(r"^  (--[\w-]+): (#\w+);", plain, flags=re.MULTILINE))
+    assert len(both) > 10
+    assert named == {name: light for name, light in both.items() if name != "--c"}
+    assert "touch-action: pan-y pinch-zoom" in style

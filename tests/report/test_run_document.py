@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -20,7 +21,16 @@ from scrimp.build import inspect
 from scrimp.data import byte_tokenizer
 from scrimp.recipe import fields, parse
 from scrimp.report.lines import LineReporter
-from scrimp.report.run_document import POINTS, WATCHED, run_document, thinned
+from scrimp.report.page import page
+from scrimp.report.run_document import (
+    AVERAGED,
+    LEAST_POINTS,
+    POINTS,
+    WATCHED,
+    averaged,
+    run_document,
+    thinned,
+)
 from scrimp.training.metrics import Metrics, MetricsFile
 from scrimp.training.run import execute
 from scrimp.training.start import choose_start
@@ -93,10 +103,14 @@ def test_a_document_says_what_the_files_of_a_run_say(finished: Path) -> None:
     document = run_document([finished])
     (run,) = document["runs"]
     train, found = _rows(finished, "train"), _rows(finished, "eval")
-    assert run["train"] == {name: [row[name] for row in train] for name in run["train"]}
+    averages = {f"{name}_average" for name in AVERAGED}
+    kept = {name: values for name, values in run["train"].items() if name not in averages}
+    assert kept == {name: [row[name] for row in train] for name in kept}
     assert run["eval"] == {name: [row[name] for row in found] for name in run["eval"]}
     assert run["train"]["step"] == [1, 2, 3, 4] and len(found) > 0
-    assert {*run["train"]} == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_bytes"}
+    assert {*kept} == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_bytes"}
+    assert {*run["train"]} == {*kept, *averages}
+    assert run["peak_bytes"] == max(row["peak_bytes"] for row in train)
     assert {*run["eval"]} == {"step", "tokens", "eval_loss", "perplexity", "bits_per_byte"}
     assert run["tokens_per_s"] == median(row["tokens_per_s"] for row in train)
     assert run["predicted_bytes"] == train[-1]["predicted_bytes"]
@@ -245,7 +259,9 @@ def test_one_run_under_two_names_is_refused(copy: Callable[..., Path], tmp_path:
 def test_a_thinned_curve_keeps_its_ends_and_the_extremes_of_every_stretch() -> None:
     draw = random.Random(1)
     count, limit = 1003, 80
-    columns: dict[str, list[Any]] = {name: [draw.gauss(0, 1) for _ in range(count)] for name in WATCHED}
+    columns: dict[str, list[Any]] = {
+        name: [None if draw.random() < 0.02 else draw.gauss(0, 1) for _ in range(count)] for name in WATCHED
+    }
     columns["step"] = list(range(count))
     found = thinned(columns, limit)
     kept = found["step"]
@@ -254,21 +270,94 @@ def test_a_thinned_curve_keeps_its_ends_and_the_extremes_of_every_stretch() -> N
     assert kept == sorted(set(kept))
     for name, values in found.items():  # what is kept are points, not averages
         assert values == [columns[name][step] for step in kept]
-    stretches = (limit - 2) // (2 * len(WATCHED))
+    stretches = (limit - 2) // (3 * len(WATCHED))
     assert stretches > 5
+    lost = 0
     for number in range(stretches):
         stretch = range(number * count // stretches, (number + 1) * count // stretches)
         for name in WATCHED:
             inside = [columns[name][step] for step in stretch]
             shown = [columns[name][step] for step in kept if step in stretch]
-            assert (min(shown), max(shown)) == (min(inside), max(inside))
+            ends = [(min(finite), max(finite)) for some in (shown, inside) if (finite := _finite(some))]
+            assert ends[0] == ends[1]
+            first = next((step for step in stretch if columns[name][step] is None), None)
+            assert first is None or first in kept
+            lost += first is not None
+    assert lost > 10  # so that a stretch with a null was looked at
 
 
-def test_a_point_that_is_not_finite_is_never_thinned_away() -> None:
-    columns: dict[str, list[Any]] = {"step": list(range(100)), "loss": [n % 7 - 3.0 for n in range(100)]}
-    columns["loss"][41] = None
-    found = thinned(columns, 12)
-    assert 41 in found["step"] and len(found["step"]) <= 12
+def _finite(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def test_a_stretch_of_nulls_alone_keeps_its_first() -> None:
+    columns: dict[str, list[Any]] = {"step": list(range(100)), "loss": [1.0] * 40 + [None] * 60}
+    found = thinned(columns, 14)
+    assert 40 in found["step"] and found["step"][-1] == 99 and len(found["step"]) <= 14
+
+
+def test_an_average_is_of_all_steps_to_both_sides() -> None:
+    """Against the definition: weights fall with the distance; a null neither counts nor is filled."""
+    draw = random.Random(2)
+    steps = list(range(1, 301))
+    values: list[float | None] = [5 - step / 100 + draw.gauss(0, 1) for step in steps]
+    values[7] = None
+    found = averaged(steps, values)
+    reach = 0.01 * 299
+    for at in (0, 6, 150, 299):
+        pairs = [
+            (math.exp(-abs(step - steps[at]) / reach), value)
+            for step, value in zip(steps, values, strict=True)
+            if value is not None
+        ]
+        wanted = sum(weight * value for weight, value in pairs) / sum(weight for weight, _ in pairs)
+        assert found[at] == pytest.approx(wanted, rel=1e-9)
+    assert found[7] is None
+    assert averaged([], []) == [] and averaged([1], [None]) == [None]
+
+
+def test_the_average_of_a_thinned_run_is_that_of_all_its_steps(copy: Callable[..., Path]) -> None:
+    run = copy()
+    rows = _lengthen(run, 3 * POINTS)
+    (found,) = run_document([run])["runs"]
+    whole = averaged([row["step"] for row in rows], [row["loss"] for row in rows])
+    shown = found["train"]["step"]
+    assert len(shown) < len(rows)
+    assert found["train"]["loss_average"] == [whole[step - 1] for step in shown]
+
+
+def test_the_peak_is_of_all_rows_of_a_run_that_was_resumed(copy: Callable[..., Path]) -> None:
+    run = copy()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["peak_bytes"] = 7 * max(row["peak_bytes"] for row in rows)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = run_document([run])["runs"]
+    assert found["peak_bytes"] == rows[0]["peak_bytes"] > found["train"]["peak_bytes"][-1]
+
+
+def test_on_cuda_a_prediction_is_without_the_context(copy: Callable[..., Path]) -> None:
+    here = copy("here", recorded__fixed_bytes=1000)
+    there = copy("there", recorded__fixed_bytes=1000, device="cuda")
+    cpu, cuda = run_document([here, there])["runs"]
+    assert cuda["predicted_bytes"] == cpu["predicted_bytes"] - 1000
+    assert (cpu["peak_of"], cuda["peak_of"]) == ("process", "allocator")
+
+
+def test_many_long_runs_make_a_page_of_less_than_two_megabytes(copy: Callable[..., Path]) -> None:
+    first = copy("run-0")
+    _lengthen(first, 2 * POINTS)
+    text = (first / "metrics.jsonl").read_text()
+    other = json.dumps({"eval_loss": 1.2345678, "perplexity": 3.4567891, "bits_per_byte": 2.3456789})[1:]
+    evaluations = text.replace('"kind": "train"', '"kind": "eval"').replace("}\n", f", {other}\n")
+    (first / "metrics.jsonl").write_text(text + evaluations)
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(first / name)
+    runs = [first, *(Path(shutil.copytree(first, first.with_name(f"run-{n}"))) for n in range(1, 20))]
+    document = run_document(runs)
+    lengths = {len(run[part]["step"]) for run in document["runs"] for part in ("train", "eval")}
+    assert min(lengths) > LEAST_POINTS
+    size = len(page(document).encode())
+    assert 500_000 < size < 2_000_000
 
 
 def test_a_short_curve_is_whole() -> None:

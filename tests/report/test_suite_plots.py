@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import re
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.suite_document import suite_document
+from tests.report.suite_document import TOKENS, suite_document
 
 from scrimp.base.errors import MissingExtraError
 from scrimp.report.labels import front, place_names, spread_out
+from scrimp.report.suite_draw import draw_loss, over_seeds
 from scrimp.report.suite_plots import fingerprint, names, write_plots
 
 needs_matplotlib = pytest.mark.skipif(
@@ -84,6 +86,59 @@ def test_a_diverged_or_broken_run_does_not_spoil_the_others(tmp_path: Path) -> N
     assert ">lion-pytorch  9.5<" in pictures["memory-loss"]
     ticks = {float(text) for text in re.findall(r">(\d\.\d+)<", pictures["memory-loss"])}
     assert ticks and max(ticks) < 2.2
+
+
+@needs_matplotlib
+def test_a_line_ends_where_its_median_seed_diverged_and_has_no_loss(tmp_path: Path) -> None:
+    document = suite_document()
+    lion, fira = (_contestant(document, name) for name in ("lion-pytorch", "fira"))
+    lion["loss"] = None
+    for curve in lion["curves"][1:]:
+        curve |= {"loss": None, "eval": [*curve["eval"][:8], *[None] * (len(curve["eval"]) - 8)]}
+    fira["curves"][0] |= {"loss": None, "eval": [fira["curves"][0]["eval"][0], *[None] * 20]}
+    assert len(over_seeds(lion["curves"])[0]) == 8
+    assert len(over_seeds(fira["curves"])[0]) == len(fira["curves"][0]["eval"])
+    rest = [curve["eval"][-1] for curve in fira["curves"][1:]]
+    assert over_seeds(fira["curves"])[2][-1] == max(rest)  # the middle of two and one above them
+    pictures = _svg(document, tmp_path)
+    assert ">lion-pytorch  diverged<" in pictures["loss"]
+    assert ">lion-pytorch" not in pictures["memory-loss"]
+
+
+@needs_matplotlib
+def test_pictures_are_drawn_where_everyone_diverged(tmp_path: Path) -> None:
+    document = suite_document()
+    for one in document["contestants"]:
+        one["loss"] = None
+        for curve in one["curves"]:
+            curve |= {"loss": None, "eval": [*curve["eval"][:3], *[None] * (len(curve["eval"]) - 3)]}
+    assert _svg(document, tmp_path)["loss"].count("  diverged<") == 10
+
+
+@needs_matplotlib
+def test_a_line_that_ends_early_since_its_seconds_were_over_is_named_at_its_end(tmp_path: Path) -> None:
+    document = suite_document()
+    document["protocol"]["seconds"] = 60.0
+    lion = _contestant(document, "lion-pytorch")
+    for curve in lion["curves"]:
+        curve |= {"eval_tokens": curve["eval_tokens"][:6], "eval": [*curve["eval"][:5], 1.955]}
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 5))
+    draw_loss(figure, document, [one for one in document["contestants"] if one["curves"]])
+    tail = figure.axes[1]
+    spots = {text.get_text().split()[0]: text.xy for text in tail.texts if "target" not in text.get_text()}
+    assert spots["lion-pytorch"] == (lion["curves"][0]["eval_tokens"][-1], 1.955)
+    assert spots["fira"][0] == TOKENS
+    (left, right), (low, high) = tail.get_xlim(), tail.get_ylim()
+    assert all(left <= x <= right and low <= y <= high for x, y in spots.values())
+    assert "tokens," not in _svg(document, tmp_path)["loss"]  # they are not the same for all
+
+
+@needs_matplotlib
+def test_a_suite_of_speed_alone_has_one_picture_that_names_no_tokens(tmp_path: Path) -> None:
+    document = suite_document() | {"suite": "speed"}
+    document["job"] |= {"tokens": None, "steps": None}
+    (text,) = _svg(document, tmp_path).values()
+    assert ">llama-1m, fp32, Abacus 9000<" in text
 
 
 def test_a_picture_that_nobody_has_anything_for_is_not_drawn() -> None:

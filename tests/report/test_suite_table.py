@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tests.report.suite_document import suite_document
 
-from scrimp.report.suite_cells import columns, protocol_line, ranked
+from scrimp.report.suite_cells import columns, job_line, protocol_line, ranked
 from scrimp.report.suite_papers import metrics, paper_rows
 from scrimp.report.suite_table import BUSY, print_suite, table, write
 
@@ -63,6 +63,43 @@ def test_who_is_absent_or_unfinished_says_why() -> None:
     assert "partial: came-pytorch: 1 of 3 seeds" in page
     for name in ("torchao:AdamW4bit (missing)", "q-galore-torch (failed)"):
         assert set(_row(page, name).removeprefix(name).split()) == {"-"}
+
+
+def test_who_diverged_says_so_though_its_row_is_done() -> None:
+    document = suite_document()
+    lion, fira = (_contestant(document, name) for name in ("lion-pytorch", "fira"))
+    lion |= {"loss": None, "to_target": None, "lr": None, "curves": []}
+    lion["why"] = "diverged at every learning rate tried"
+    for trial in lion["trials"]:
+        trial["loss"] = None
+    fira["curves"][2]["loss"], fira["why"] = None, "1 of 3 seeds diverged"
+    page = _page(document, 160)
+    assert "note: lion-pytorch: diverged at every learning rate tried" in page
+    assert "note: fira: 1 of 3 seeds diverged" in page
+    assert _row(page, "lion-pytorch").split()[1] == "diverged"
+    assert "diverged" not in _row(page, "fira")  # its median did not
+
+
+def test_a_target_that_some_seeds_reached_but_not_the_median_is_never_with_their_number() -> None:
+    document = suite_document()
+    lion = _contestant(document, "lion-pytorch")
+    lion["to_target"] = {"tokens": None, "seconds": None, "reached": 1, "of": 3}
+    cells = _row(_page(document, 160), "lion-pytorch").split()
+    assert cells[4:7] == ["never", "1/3", "never"]
+
+
+def test_the_job_line_says_how_long_and_with_how_many_threads() -> None:
+    document = suite_document()
+    assert "learning with 1 thread, speed with 2" in job_line(document)
+    document["protocol"]["pairs"] = 0
+    assert job_line(document).endswith(", 1 thread")
+    document["protocol"]["seconds"] = 60.0
+    assert "1 min 00 s of training each" in job_line(document)
+    assert "300 steps" not in job_line(document)
+    document["protocol"] |= {"trials": 0, "seconds": None}
+    document["job"] |= {"tokens": None, "steps": None}
+    assert job_line(document).endswith(", 2 threads")
+    assert "steps of 8 x 128" in job_line(document)
 
 
 @pytest.mark.parametrize("width", [100, 80, 60])
@@ -121,7 +158,9 @@ def test_a_suite_of_memory_ranks_by_peak_and_shows_the_prediction() -> None:
     _contestant(document, "fira")["tensor_bytes"] = 1 << 20
     assert ranked(document)[0]["name"] == "fira"
     heads = [column.name.split("\n")[0] for column in columns(document)]
-    assert "predicted" in heads
+    assert heads.index("error") == heads.index("predicted") + 1
+    assert "+2.0%" in _row(_page(document, 160), "adamw")
+    assert "learning rate" not in protocol_line(document)
     assert "held-out" not in heads
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ import typer
 from scrimp.base.errors import ScrimpError
 from scrimp.cli.guard import print_json
 
-NAME = "report.html"
 SUITE = "bench.json"
 # What every page holds, before its document, and hardly any other file.
 MARK = b'<script id="document" type="application/json">'
@@ -34,7 +34,9 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Write the figures as one JSON document.")] = False,
 ) -> None:
     """Show runs on one page that needs no network: curves, memory against plan, samples, what differs."""
-    target = out or (runs[0] / NAME if len(runs) == 1 else Path(NAME))
+    from scrimp.training.folder import RunFolder
+
+    target = out or RunFolder(runs[0] if len(runs) == 1 else Path()).report
     document = _document(runs)
     _check(target, overwrite=overwrite)
     from scrimp.report.page import write_page
@@ -44,10 +46,11 @@ def report(
         print_json(document)
         return
     from scrimp.report import run_table, suite_table
+    from scrimp.report.plan_svg import printable
 
     table = suite_table if document["kind"] == "suite" else run_table
     table.write(document, sys.stdout)
-    print(f"\nreport: {target}")
+    print(f"\nreport: {printable(str(target))}")
 
 
 def _document(paths: Sequence[Path]) -> Mapping[str, Any]:
@@ -80,7 +83,26 @@ def _suite(path: Path) -> Mapping[str, Any]:
         document = None
     if not isinstance(document, dict) or document.get("kind") != "suite":
         raise ScrimpError(f"{path}: this is no suite that `scrimp bench` wrote; make it again")
+    _check_whole(document, path)
     return document
+
+
+def _check_whole(document: Mapping[str, Any], path: Path) -> None:
+    """Raise unless a suite's document can be shown: what shows it says best what it must hold.
+
+    Raises:
+        ScrimpError: Something in it is missing, or not what it should be.
+    """
+    from scrimp.report import suite_table
+    from scrimp.report.page import page
+
+    try:
+        page(document)
+        suite_table.write(document, io.StringIO())
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ScrimpError(
+            f"{path}: this file is damaged: it is not what `scrimp bench` writes; make it again"
+        ) from error
 
 
 def _check(path: Path, *, overwrite: bool) -> None:

@@ -1,10 +1,12 @@
 """Runs as one plain document: what `scrimp report` shows, prints as JSON and hands to the page.
 
 Everything is read from the runs' folders, and torch is not asked for, so a run can be looked at while it
-goes. A curve holds at most `POINTS` points: its first and last, and of every stretch of equal length the
-lowest and the highest of each watched column. What stands out in a curve is so never thinned away.
+goes. A curve holds its first and last point, and of every stretch of equal length the lowest, the highest
+and the first non-finite of each watched column: what stands out is never thinned away. Averages are taken of
+all steps before that, since an average of extremes is of nothing.
 
-A number that was not finite is null in `metrics.jsonl` and here.
+A number that was not finite is null in `metrics.jsonl` and here. On CUDA a run is measured by its allocator,
+which knows nothing of the context; so what is predicted for the context is taken off the prediction here.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ from scrimp.training.folder import RunFolder
 from scrimp.training.metrics import read_metrics
 
 SCHEMA = 1
-POINTS = 2000
+POINTS = 2000  # of a curve
+PAGE_POINTS = 12_000  # of all runs' curves together, so that a page of many stays small
+LEAST_POINTS = 50
+REACH = 0.01  # of the run: how far an average looks to either side
 TRAIN = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_bytes")
 EVALUATED = ("step", "tokens", "eval_loss", "perplexity", "bits_per_byte")
 # The columns whose extremes are kept; the others rise or fall with the steps.
 WATCHED = ("loss", "grad_norm", "tokens_per_s", "eval_loss")
+AVERAGED = ("loss", "grad_norm")
 # Measured anew by every run, so that a difference says nothing.
 UNCOMPARED = ("recorded.fixed_bytes",)
 
@@ -52,7 +58,8 @@ def run_document(paths: Sequence[Path]) -> dict[str, Any]:
             missing or damaged; the message names it.
     """
     _check_different(paths)
-    runs = [_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    limit = min(POINTS, max(LEAST_POINTS, PAGE_POINTS // len(paths)))
+    runs = [_run(path, name, limit) for path, name in zip(paths, _names(paths), strict=True)]
     names = [run["name"] for run in runs]
     return {
         "schema": SCHEMA,
@@ -68,22 +75,55 @@ def thinned(columns: Columns, limit: int = POINTS) -> Columns:
     """Return columns of equal length with at most `limit` points each, the same ones of all.
 
     Args:
-        columns: By name; the extremes of those in `WATCHED` are kept. A null counts as the highest.
-        limit: At least 2, plus 2 for each watched column.
+        columns: By name; of those in `WATCHED` the finite extremes and the first null of a stretch are kept.
+        limit: At least 2, plus 3 for each watched column.
     """
     watched = [columns[name] for name in WATCHED if name in columns]
     count = len(next(iter(columns.values())))
     if count <= limit:
         return columns
-    stretches = (limit - 2) // (2 * len(watched))
+    stretches = (limit - 2) // (3 * len(watched))
     kept = {0, count - 1}
     for number in range(stretches):
         stretch = range(number * count // stretches, (number + 1) * count // stretches)
         for values in watched:
-            heights = [math.inf if values[n] is None else values[n] for n in stretch]
-            kept.add(stretch[heights.index(min(heights))])
-            kept.add(stretch[heights.index(max(heights))])
+            kept |= _standing_out(values, stretch)
     return {name: [values[n] for n in sorted(kept)] for name, values in columns.items()}
+
+
+def _standing_out(values: Sequence[float | None], stretch: range) -> set[int]:
+    """Return where a stretch is lowest, highest, and for the first time not finite."""
+    finite = [(value, n) for n in stretch if (value := values[n]) is not None]
+    lost = next((n for n in stretch if values[n] is None), None)
+    found = {min(finite)[1], max(finite)[1]} if finite else set()
+    return found if lost is None else found | {lost}
+
+
+def averaged(steps: Sequence[int], values: Sequence[float | None]) -> list[float | None]:
+    """Return the exponential average to both sides, so that a falling curve is not shown late.
+
+    Args:
+        steps: Where the values lie, ascending.
+        values: As many; what is null is null in the average too, and does not count.
+    """
+    reach = max(1.0, REACH * (steps[-1] - steps[0])) if steps else 1.0
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+    ways = (_one_sided(known, reach), reversed(_one_sided(known[::-1], reach)))
+    means = iter(  # each way counts the value itself
+        (before[0] + after[0] - value) / (before[1] + after[1] - 1)
+        for (_, value), before, after in zip(known, *ways, strict=True)
+    )
+    return [None if value is None else next(means) for value in values]
+
+
+def _one_sided(points: Sequence[tuple[int, float]], reach: float) -> list[tuple[float, float]]:
+    """Return the weighted sum of the values up to each, and the sum of the weights."""
+    found, total, weight, last = [], 0.0, 0.0, points[0][0] if points else 0
+    for step, value in points:
+        kept = math.exp(-abs(step - last) / reach)
+        total, weight, last = kept * total + value, kept * weight + 1, step
+        found.append((total, weight))
+    return found
 
 
 def _check_different(paths: Sequence[Path]) -> None:
@@ -106,14 +146,16 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _run(path: Path, name: str) -> dict[str, Any]:
-    """Read one run."""
+def _run(path: Path, name: str, limit: int) -> dict[str, Any]:
+    """Read one run, with curves of at most `limit` points."""
     folder = RunFolder(path)
     rows = _rows(folder)
     stored = recipe_file.read(folder.recipe)
     recipe, last = stored.recipe, rows[-1]
     train = [row for row in rows if row["kind"] == "train"]
-    curve = thinned(_columns(train, TRAIN))
+    whole = _columns(train, TRAIN)
+    averages = {f"{column}_average": averaged(whole["step"], whole[column]) for column in AVERAGED}
+    curve = thinned(whole | averages, limit)
     return {
         "name": name,
         "finished": last["kind"] == "end",
@@ -125,8 +167,11 @@ def _run(path: Path, name: str) -> dict[str, Any]:
         },
         "tokens_per_s": _median(row["tokens_per_s"] for row in train),  # of all steps, thinned or not
         "train": curve,
-        "eval": thinned(_columns([row for row in rows if row["kind"] == "eval"], EVALUATED)),
-        "predicted_bytes": last["predicted_bytes"],
+        "eval": thinned(_columns([row for row in rows if row["kind"] == "eval"], EVALUATED), limit),
+        # Of all rows: a run that was resumed measures anew.
+        "peak_bytes": max(row["peak_bytes"] for row in rows),
+        "peak_of": "allocator" if recipe.device == "cuda" else "process",
+        "predicted_bytes": last["predicted_bytes"] - _context(recipe.device, stored.recorded),
         "budget_bytes": None if recipe.memory is None else parse_bytes(recipe.memory),
         "memory": _memory(folder.memory),
         "sample": _text(folder.sample),
@@ -172,9 +217,14 @@ def _notes(last: Mapping[str, Any], steps: int | None, *, points: int, shown: in
         yield f"{last['skipped']:,} steps with a non-finite gradient were skipped"
     if shown < points:
         yield (
-            f"the curves show {shown:,} of {points:,} steps: the first, the last, and the extremes of every "
-            "stretch between"
+            f"the curves show {shown:,} of {points:,} steps: the first, the last, and of every stretch "
+            "between the extremes and the first that was not finite; averages are of all steps"
         )
+
+
+def _context(device: str, recorded: Mapping[str, Any]) -> int:
+    """Return what a prediction holds besides tensors where the measurement does not, in bytes."""
+    return int(recorded.get("fixed_bytes") or 0) if device == "cuda" else 0
 
 
 def _memory(path: Path) -> dict[str, list[dict[str, Any]]] | None:

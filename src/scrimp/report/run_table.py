@@ -15,17 +15,7 @@ from scrimp.report.plan_svg import printable
 from scrimp.report.plan_table import WIDE
 
 NONE = "-"
-HEADS = (
-    "run",
-    "steps",
-    "training loss",
-    "held-out loss",
-    "bits per byte",
-    "tokens/s",
-    "peak",
-    "predicted",
-    "error",
-)
+HEADS = ("run", "steps", "training loss", "held-out loss", "bits per byte", "tokens/s")
 
 
 def write(document: Mapping[str, Any], stream: TextIO) -> None:
@@ -38,7 +28,8 @@ def write(document: Mapping[str, Any], stream: TextIO) -> None:
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
         console = Console(file=stream, highlight=False, width=WIDE, color_system=None)
-    console.print(_table(HEADS, map(_cells, document["runs"])))
+    heads = (*HEADS, peak_head(document["runs"]), "predicted", "error")
+    console.print(_table(heads, map(_cells, document["runs"])))
     if document["changes"]:
         console.print()
         names = [run["name"] for run in document["runs"]]
@@ -47,6 +38,12 @@ def write(document: Mapping[str, Any], stream: TextIO) -> None:
     for run in document["runs"]:
         for note in run["notes"]:
             console.print(Text(printable(f"{run['name']}: {note}"), style="yellow"))
+
+
+def peak_head(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a peak is called, by whether the process or CUDA's allocator was measured."""
+    measured = {run.get("peak_of") for run in runs}
+    return "peak allocated" if measured == {"allocator"} else "peak"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -60,9 +57,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def _cells(run: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a run's row, as `HEADS` names it."""
+    """Return a run's row, as the heads name it."""
     train, found = run["train"], run["eval"]
-    peak, predicted = train["peak_bytes"][-1], run["predicted_bytes"]
+    peak, predicted = run["peak_bytes"], run["predicted_bytes"]
     return (
         run["name"],
         f"{run['steps']:,}" if run["finished"] else f"{run['steps']:,} (not finished)",

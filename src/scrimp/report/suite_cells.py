@@ -53,6 +53,12 @@ def is_measured(contestant: Contestant) -> bool:
     return contestant["status"] in ("done", "partial")
 
 
+def has_diverged(contestant: Contestant) -> bool:
+    """Tell whether there is no loss to compare because too many of a contestant's runs diverged."""
+    runs = [*(contestant.get("trials") or ()), *(contestant.get("curves") or ())]
+    return not contestant.get("loss") and any("loss" in run and run["loss"] is None for run in runs)
+
+
 def median(contestant: Contestant, field: str, otherwise: float) -> float:
     """Return the median of one of a contestant's spreads."""
     found = contestant.get(field)
@@ -82,6 +88,7 @@ def columns(document: Document) -> list[Column]:
     if document["suite"] == "memory":
         training = []
         holding.append(Column(name=f"predicted\n{unit}", cell=_bytes("predicted_bytes", unit)))
+        holding.append(Column(name="error", cell=_error, leaves=3))
     found = [Column(name="contestant", cell=_name, number=False), *training, *holding, *running]
     rows = document["contestants"]
     return [column for column in found if any(column.cell(one) != NONE for one in rows)]
@@ -91,15 +98,39 @@ def job_line(document: Document) -> str:
     """Write what every contestant had to do, and on what."""
     job, where = document["job"], document["environment"]
     size = job.get("parameters")
+    shape = f"{job['batch']} x {job['seq']}"
     parts = [
         job["model"] if size is None else f"{job['model']}, {format_count(size)} parameters",
         "from scratch" if job["init"] == "scratch" else f"from {job['init']}",
-        f"{job['tokens']:,} tokens of {job['data']}",
-        f"{job['steps']:,} steps of {job['batch']} x {job['seq']}",
+        *_amount_of_training(document, shape),
         f"{job['precision']} on {where['device_name']}",
-        _count(job["threads"], "thread"),
+        threads(document),
     ]
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))
+
+
+def _amount_of_training(document: Document, shape: str) -> Iterator[str]:
+    """Yield how much each learnt from what: the same steps, the same seconds, or nothing at all."""
+    job, seconds = document["job"], document["protocol"].get("seconds")
+    if seconds is not None:
+        yield f"{format_duration(seconds)} of training each on {job['data']}"
+        yield f"steps of {shape}"
+    elif job["steps"] is None:
+        yield f"steps of {shape} on {job['data']}"
+    else:
+        yield f"{job['tokens']:,} tokens of {job['data']}"
+        yield f"{job['steps']:,} steps of {shape}"
+
+
+def threads(document: Document) -> str:
+    """Write how many threads did the learning and the turns for speed; empty where that is not known."""
+    job, rules = document.get("job") or {}, document.get("protocol") or {}
+    learning = job.get("threads") if rules.get("trials") != 0 else None
+    speed = job.get("speed_threads") if rules.get("pairs") or learning is None else None
+    if learning and speed and learning != speed:
+        return f"learning with {_count(learning, 'thread')}, speed with {speed}"
+    found = learning or speed
+    return _count(found, "thread") if found else ""
 
 
 def environment_line(document: Document) -> str:
@@ -118,14 +149,14 @@ def environment_line(document: Document) -> str:
 def protocol_line(document: Document) -> str:
     """Write how the contestants were treated, so that it was fair; empty where nothing was tried or timed."""
     rules, parts = document["protocol"], []
-    if rules["trials"]:
+    if rules["trials"] and document["suite"] != "memory":
         apart = f", a factor {rules['lr_factor']:.3g} apart" if rules["trials"] > 1 else ""
         rates = f"{_count(rules['trials'], 'learning rate')} each{apart}"
         centre = "" if rules["lr_centre"] is None else f", around {rules['lr_centre']:.3g} for the reference"
         law = f" (by {rules['lr_law']})" if rules["lr_law"] else ""
         parts.append(f"{rates}{centre}{law}")
         parts.append(f"{_count(rules['seeds'], 'seed')} at the best one")
-    if rules["target_loss"] is not None:
+    if rules["target_loss"] is not None and document["suite"] != "memory":
         parts.append(f"target: a held-out loss of {rules['target_loss']:.4g} ({rules['target_rule']})")
     if rules["pairs"]:
         parts.append(
@@ -148,12 +179,13 @@ def legend(document: Document) -> str:
 
 
 def absences(document: Document) -> Iterator[tuple[str, str]]:
-    """Yield what is missing, failed or not complete, as pairs of the status and a sentence."""
+    """Yield what is missing, failed, not complete or diverged, as pairs of a word and a sentence."""
     together: dict[tuple[str, str], list[str]] = {}
     for one in document["contestants"]:
-        if one["status"] != "done":
-            why = one["why"] or "not all of its runs are done"
-            together.setdefault((one["status"], why), []).append(one["name"])
+        done = one["status"] == "done"
+        why = one["why"] or ("" if done else "not all of its runs are done")
+        if why:
+            together.setdefault(("note" if done else one["status"], why), []).append(one["name"])
     for (status, why), named in together.items():
         yield status, f"{', '.join(named)}: {why}"
 
@@ -179,7 +211,7 @@ def _name(one: Contestant) -> str:
 
 
 def _loss(one: Contestant) -> str:
-    return _spread(one["loss"], 3)
+    return "diverged" if has_diverged(one) else _spread(one["loss"], 3)
 
 
 def _rate(one: Contestant) -> str:
@@ -190,16 +222,18 @@ def _tokens_to_target(one: Contestant) -> str:
     target = one.get("to_target")
     if target is None:
         return NONE
-    if not target["reached"] or target["tokens"] is None:
-        return "never"
-    share = "" if target["reached"] == target["of"] else f" {target['reached']}/{target['of']}"
-    return f"{format_count(target['tokens']).replace(' ', '')}{share}"
+    some = 0 < target["reached"] < target["of"]
+    share = f" {target['reached']}/{target['of']}" if some else ""
+    tokens = "never" if target["tokens"] is None else format_count(target["tokens"]).replace(" ", "")
+    return f"{tokens}{share}"
 
 
 def _seconds_to_target(one: Contestant) -> str:
     target = one.get("to_target")
-    if target is None or target["seconds"] is None:
+    if target is None:
         return NONE
+    if target["seconds"] is None:  # as it is where no speed was measured too
+        return "never" if target["tokens"] is None and one.get("tokens_per_s") else NONE
     return f"{target['seconds']:.3g}" if target["seconds"] < 600 else format_duration(target["seconds"])
 
 
@@ -209,6 +243,18 @@ def _bytes(field: str, unit: str) -> Callable[[Contestant], str]:
         return NONE if found is None else amount(found, unit)
 
     return cell
+
+
+def _error(one: Contestant) -> str:
+    """Write how far the prediction lies from the process's peak."""
+    error = prediction_error(one)
+    return NONE if error is None else f"{error:+.1%}"
+
+
+def prediction_error(one: Contestant) -> float | None:
+    """Return how far the predicted peak lies from the measured one, as a share of that."""
+    predicted, measured = one.get("predicted_bytes"), one.get("peak_bytes")
+    return None if not predicted or not measured else (predicted - measured) / measured
 
 
 def _speed(one: Contestant) -> str:

@@ -3,7 +3,8 @@
 Contestants keep one colour and one dash in all pictures: Okabe and Ito's colours, which colour-blind people
 tell apart, and where there are more contestants than colours another dash. Every line and point bears its
 name in ink, since the lighter colours are no colours for text, tied to it by a stroke of its own colour.
-A loss far above the others, as of a run that diverged, is drawn at the upper edge, its value beside the name.
+A loss far above the others is drawn at the upper edge, its value beside the name. A seed that diverged counts
+as higher than any other, so the line of one whose median seed diverged ends where that did.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from scrimp.base.ledger import TERMS
 from scrimp.report.labels import front, place_names, spread_out
 from scrimp.report.plan_bars import COLOURS
 from scrimp.report.plan_picture import HATCHES
-from scrimp.report.suite_cells import Contestant, Document, amount, byte_unit, in_unit, median
+from scrimp.report.suite_cells import (
+    Contestant,
+    Document,
+    amount,
+    byte_unit,
+    has_diverged,
+    in_unit,
+    median,
+)
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
@@ -47,17 +56,22 @@ def draw_loss(figure: Any, document: Document, shown: Sequence[Contestant]) -> N
     whole, tail = figure.subplots(1, 2, width_ratios=(2, 3))
     looks, ends = _look(document), []
     for one in shown:
-        tokens, low, middle, high = _over_seeds(one["curves"])
+        tokens, low, middle, high = over_seeds(one["curves"])
         for axes in (whole, tail):
             axes.plot(tokens, middle, linewidth=1.6, **looks[one["name"]])
             axes.fill_between(tokens, low, high, color=looks[one["name"]]["color"], alpha=0.12, linewidth=0)
-        ends.append((tokens, middle, one["name"]))
+        ends.append((tokens, middle, one))
     last = max(tokens[-1] for tokens, _, _ in ends) or 1.0
-    start = (1 - TAIL) * last
+    # Where all had the same seconds some end earlier than others, and their ends are what is compared.
+    start = min([(1 - TAIL) * last, *(0.98 * t[-1] for t, _, one in ends if not has_diverged(one))])
     late = [y for tokens, middle, _ in ends for x, y in zip(tokens, middle, strict=True) if x >= start]
-    tail.set(xlim=(start, last), ylim=_limits(late, [middle[-1] for _, middle, _ in ends]))
+    compared = [middle[-1] for _, middle, one in ends if not has_diverged(one)]
+    tail.set(xlim=(start, last), ylim=_limits(late or compared, compared or late))
     _mark_target(tail, document)
-    _label_ends(tail, [(max(start, t[-1]), y[-1], name, looks[name]) for t, y, name in ends])
+    names = [f"{o['name']}  {'diverged' if has_diverged(o) else f'{y[-1]:.3f}'}" for _, y, o in ends]
+    # One that diverged before has no line here to lead to.
+    spots = [(t[-1] if t[-1] >= start else last, y[-1], looks[one["name"]]) for t, y, one in ends]
+    _label_ends(tail, list(zip(names, spots, strict=True)))
     whole.set_title("the whole run", loc="left", fontsize=9)
     tail.set_title("its end", loc="left", fontsize=9)
     whole.set_ylabel("held-out loss, nats a token")
@@ -71,6 +85,8 @@ def draw_loss(figure: Any, document: Document, shown: Sequence[Contestant]) -> N
 
 def _limits(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
     """Return an axis's limits for some losses that end somewhere, which one that diverged cannot stretch."""
+    if not values:  # all of them diverged before the part that is shown
+        return 0.0, 1.0
     low = min(values)
     usual = sorted(ends)[3 * len(ends) // 4]  # three in four end no higher
     high = max(value for value in values if value <= max(usual + 2 * (usual - low), low))
@@ -78,19 +94,25 @@ def _limits(values: Sequence[float], ends: Sequence[float]) -> tuple[float, floa
     return low - room, high + room
 
 
-def _over_seeds(curves: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, ...], ...]:
+def over_seeds(curves: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, ...], ...]:
     """Return tokens and the lowest, middle and highest held-out loss of the seeds that got so far.
 
-    Seeds are matched by the evaluation, since the tokens before it differ by a few between them.
+    Seeds are matched by the evaluation, since the tokens before it differ by a few between them. Where the
+    middle seed has diverged there is no point; without a point the tuple is empty.
     """
     every = zip_longest(*(zip(curve["eval_tokens"], curve["eval"], strict=True) for curve in curves))
     found = []
     for points in every:
         there = [point for point in points if point is not None and point[1] is not None]
-        if there:
-            losses = [loss for _, loss in there]
+        lost = sum(
+            curve["loss"] is None and (point is None or point[1] is None)
+            for curve, point in zip(curves, points, strict=True)
+        )
+        losses = [loss for _, loss in there]
+        middle = statistics.median([*losses, *[math.inf] * lost]) if there else math.inf
+        if math.isfinite(middle):
             tokens = statistics.median(tokens for tokens, _ in there)
-            found.append((tokens, min(losses), statistics.median(losses), max(losses)))
+            found.append((tokens, min(losses), middle, max(losses)))
     return tuple(zip(*found, strict=True))
 
 
@@ -109,14 +131,15 @@ def _mark_target(axes: Any, document: Document) -> None:
         )
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Look]]) -> None:
+def _label_ends(axes: Any, ends: Sequence[tuple[str, tuple[float, float, Look]]]) -> None:
     """Name the lines at their right ends, pushed apart to where they can be read."""
     low, high = axes.get_ylim()
-    shown = [min(end, high) for _, end, _, _ in ends]
+    shown = [max(low, min(end, high)) for _, (_, end, _) in ends]
     places = spread_out(shown, (high - low) / 24, low, high)
-    for (tokens, end, name, look), at, place in zip(ends, shown, places, strict=True):
+    for (name, (tokens, _, look)), at, place in zip(ends, shown, places, strict=True):
+        axes.plot(tokens, at, "o", color=look["color"], markersize=3.5, clip_on=False)
         axes.annotate(
-            f"{name}  {end:.3f}",
+            name,
             (tokens, at),
             (1.05, (place - low) / (high - low)),
             textcoords="axes fraction",
@@ -125,7 +148,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Look]]) -> No
             fontsize=8,
             arrowprops={
                 "arrowstyle": "-",
-                "linewidth": 1.4,
+                "linewidth": 0.7,  # thinner than the line, which it is not
                 "relpos": (0, 0.5),
                 "shrinkA": 0,
                 "shrinkB": 0,

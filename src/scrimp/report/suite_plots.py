@@ -17,7 +17,14 @@ from typing import Any, Literal
 from scrimp.base import extras
 from scrimp.base.files import explained, write_atomic
 from scrimp.report.suite_cells import Contestant, Document, ranked
-from scrimp.report.suite_draw import INK, draw_loss, draw_memory, draw_memory_loss, draw_speed
+from scrimp.report.suite_draw import (
+    INK,
+    draw_loss,
+    draw_memory,
+    draw_memory_loss,
+    draw_speed,
+    over_seeds,
+)
 
 Kind = Literal["png", "svg"]
 STYLE: Mapping[str, Any] = {
@@ -129,7 +136,10 @@ def _sign(figure: Any, document: Document) -> None:
     """Write below what was measured where: a picture travels without its page."""
     job = document["job"]
     device = document["environment"]["device_name"]
-    text = f"{job['model']}, {job['tokens']:,} tokens, {job['precision']}, {device}"
+    # A picture is as wide as its page: the job's length stands only where all have the same one.
+    same = job["tokens"] is not None and document["protocol"].get("seconds") is None
+    tokens = f", {job['tokens']:,} tokens" if same else ""
+    text = f"{job['model']}{tokens}, {job['precision']}, {device}"
     busy = "  ·  the machine was busy: timings are not to be trusted" if document["busy"] else ""
     figure.supxlabel(
         f"{text}{busy}", x=0.995, ha="right", fontsize=7.5, color="#b00020" if busy else "#666666"
@@ -142,7 +152,7 @@ PICTURES = (
     Picture(
         name="loss",
         shows="held-out loss against tokens",
-        has=lambda one: any(loss is not None for curve in one["curves"] for loss in curve["eval"]),
+        has=lambda one: bool(over_seeds(one["curves"])),
         draw=draw_loss,
         height=lambda rows: 5.2,
     ),

@@ -5,7 +5,7 @@
 //   axis   {title, log, zero, unit, short, ceiling, at}   short writes a tick; a line is cut at the ceiling, a point
 //                                                        above it stands there as an arrow; at holds the ticks
 //   layer  {key, name, style, kind, points: [{x, y, low, high, tip, text, chosen, lost}], faint, bold, rule}
-//   kind   "line", "points", "both", "front" (steps), "rule" (a level across)
+//   kind   "line", "points", "both", "front" (steps), "rule" (a level across; its text, what writes its value, whose)
 
 const COLOURS = 6,
   MARKERS = 6;
@@ -46,7 +46,7 @@ function drawn(box, draw) {
     if (!width) return;
     hideTip();
     const hadFocus = box.contains(document.activeElement);
-    box.replaceChildren(draw(width));
+    box.replaceChildren(...[draw(width)].flat());
     if (hadFocus) box.querySelector("svg[tabindex]")?.focus({ preventScroll: true });
   };
   new ResizeObserver(([entry]) => {
@@ -86,6 +86,8 @@ function xyChart(spec, width) {
     points.flatMap((point) => [point.y, point.low, point.high]).filter((value) => value <= ceiling),
     { ...spec.y, room: spec.y.room ?? 0.06 },
   );
+  // No room above a ceiling: what is said to lie above the close-up must not be in it.
+  if (ys && ys[1] > ceiling) ys[1] = ceiling;
   if (!xs || !ys) return empty(spec.empty ?? "Nothing of what is picked was measured.");
   const height = spec.height ?? 320;
   const yTicks = scale({
@@ -127,7 +129,11 @@ function xyChart(spec, width) {
   );
   const targets = [];
   const labels = [];
-  for (const layer of spec.layers) svg.append(drawLayer(layer, { x, y, frame, clip }, targets, labels));
+  const place = { x, y, frame, clip };
+  for (const layer of spec.layers) {
+    if (layer.kind !== "rule") svg.append(drawLayer(layer, place, targets, labels));
+  }
+  svg.append(...drawRules(spec.layers, place));
   svg.append(placeLabels(labels, frame, targets));
   answer(svg, targets);
   return svg;
@@ -203,7 +209,6 @@ function pathOf(points, x, y, steps) {
 
 function drawLayer(layer, { x, y, frame, clip }, targets, labels) {
   const group = s("g", { class: `series ${layer.faint ? "faint" : ""}`, "data-name": layer.name });
-  if (layer.kind === "rule") return drawRule(group, layer, y, frame);
   const style = layer.kind === "front" ? "front" : styleOf(layer.style);
   if (layer.kind !== "points") {
     group.append(
@@ -228,24 +233,46 @@ function drawLayer(layer, { x, y, frame, clip }, targets, labels) {
   return group;
 }
 
-/** A level across the chart, with its words above it, or below where there is no room. */
-function drawRule(group, layer, y, frame) {
-  const [{ y: level }] = layer.points;
-  if (level > y.domain[1] || level < y.domain[0]) return group;
-  const at = y.at(level);
-  group.append(
-    s("path", { class: `rule ${layer.rule}`, d: `M${frame.left} ${at.toFixed(1)}H${frame.right}` }),
-    s(
-      "text",
-      {
-        class: `tick ${layer.rule}`,
-        x: frame.left + 6,
-        y: (at - frame.top < 18 ? at + 15 : at - 5).toFixed(1),
-      },
-      layer.text,
-    ),
-  );
-  return group;
+/** Levels across the chart, with their words above them, or below where there is no room; close ones share theirs. */
+function drawRules(layers, { y, frame }) {
+  const seen = ({ kind, points: [point] }) =>
+    kind === "rule" && point.y <= y.domain[1] && point.y >= y.domain[0];
+  const rules = layers.filter(seen).map((layer) => ({ ...layer, at: y.at(layer.points[0].y) }));
+  rules.sort((a, b) => a.at - b.at);
+  const groups = [];
+  for (const rule of rules) {
+    if (groups.length && rule.at - groups.at(-1).at(-1).at < 15) groups.at(-1).push(rule);
+    else groups.push([rule]);
+  }
+  return groups.map((group) => {
+    const [{ at, rule }] = group;
+    const over = at - frame.top >= 18;
+    return s(
+      "g",
+      {},
+      ...group.map((one) =>
+        s("path", { class: `rule ${one.rule}`, d: `M${frame.left} ${one.at.toFixed(1)}H${frame.right}` }),
+      ),
+      s(
+        "text",
+        { class: `tick ${rule}`, x: frame.left + 6, y: (over ? at - 5 : group.at(-1).at + 15).toFixed(1) },
+        cut(wordsOf(group), frame.right - frame.left - 12),
+      ),
+    );
+  });
+}
+
+/** Name levels that lie too close for a name each: the same words once, with their lowest and highest value. */
+function wordsOf(rules) {
+  const texts = [...new Set(rules.map((rule) => rule.text))];
+  return texts
+    .map((text) => {
+      const same = rules.filter((rule) => rule.text === text);
+      const values = same.map((rule) => rule.points[0].y);
+      const ends = [...new Set([Math.min(...values), Math.max(...values)].map(same[0].write))];
+      return `${text} ${ends.join(" to ")}${same.length === 1 && same[0].of ? ` (${same[0].of})` : ""}`;
+    })
+    .join(", ");
 }
 
 function dot(layer, point, at, y) {

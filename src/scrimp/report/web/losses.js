@@ -20,20 +20,42 @@ function fromTheCeiling(layers, ceiling) {
   for (const layer of layers) layer.points = layer.points.filter((point) => point.x >= start);
 }
 
+/**
+ * The seed whose final loss is the median, of an even number the upper of the two: a run that was, not an average
+ * that was not. One that diverged is above all others, and if it is the median there is none.
+ */
+function medianSeed(curves) {
+  const end = (curve) => curve.loss ?? Infinity;
+  const ended = [...curves].sort((a, b) => (end(a) < end(b) ? -1 : end(a) > end(b) ? 1 : 0));
+  const found = ended[Math.floor(ended.length / 2)];
+  return found && end(found) < Infinity ? found : null;
+}
+
+/** Say which methods a chart leaves out, and why. */
+const beneath = (word, texts) => (texts.length ? [empty(`${word}: ${texts.join(", ")}.`)] : []);
+
+/** Name the losses that a close-up leaves out, and the methods that have none since they diverged. */
+const leftAbove = (rows, ceiling) => [
+  ...beneath(
+    "Above the close-up",
+    rows
+      .filter((row) => ceiling && row.loss?.median > ceiling)
+      .map((row) => `${row.name} ${row.loss.median.toFixed(2)}`),
+  ),
+  ...beneath(
+    "Diverged",
+    rows.filter((row) => !row.loss && row.curves?.some((curve) => curve.loss === null)).map((row) => row.name),
+  ),
+];
+
 function lossChart(grid, add, redraw, chosen, tipOf, protocol) {
   const now = { what: "eval", log: false, close: true };
   const change = (name) => (value) => {
     now[name] = value;
     redraw();
   };
-  /** The seed whose last held-out loss is the median: a run that was, not an average that was not. */
-  const middle = (row) => {
-    const ended = row.curves.map((curve) => ({ curve, end: curve.eval?.findLast(isNumber) ?? Infinity }));
-    ended.sort((a, b) => a.end - b.end);
-    return ended[Math.floor((ended.length - 1) / 2)]?.curve;
-  };
   const layersOf = (row) => {
-    const bold = middle(row);
+    const bold = medianSeed(row.curves);
     return [...(row.curves ?? [])]
       .sort((a, b) => (a === bold) - (b === bold))
       .map((curve) => {
@@ -68,18 +90,20 @@ function lossChart(grid, add, redraw, chosen, tipOf, protocol) {
     const ceiling = layers.some(({ points }) => points.some(({ y }) => isNumber(y) && y <= wanted))
       ? wanted
       : undefined;
+    const even = rows.some((row) => row.curves.length % 2 === 0);
     if (ceiling) fromTheCeiling(layers, ceiling);
     if (isNumber(protocol?.target_loss) && layers.length) {
       layers.push({
         name: "",
         kind: "rule",
         rule: "budget",
-        text: `target ${digits(protocol.target_loss)}`,
+        text: "target",
+        write: (value) => digits(value),
         points: [{ y: protocol.target_loss }],
       });
     }
     const what = now.what === "eval" ? "held-out loss" : "training loss";
-    return xyChart(
+    const svg = xyChart(
       {
         label: `${what} against tokens`,
         height: width < 500 ? 320 : 420,
@@ -89,6 +113,11 @@ function lossChart(grid, add, redraw, chosen, tipOf, protocol) {
       },
       width,
     );
+    return [
+      svg,
+      ...leftAbove(rows, ceiling),
+      ...(even ? [empty("Of an even number of seeds the bold one is the upper of the two in the middle.")] : []),
+    ];
   };
   add(grid, {
     id: "chart-loss",
@@ -125,18 +154,21 @@ function paretoFront(points) {
     });
 }
 
-function frontChart(grid, add, redraw, chosen, tipOf) {
+function frontChart(grid, add, redraw, chosen, tipOf, measured) {
   const axes = [
     ["tensor_bytes", "tensors", "peak of live tensors"],
     ["peak_bytes", "resident", "peak resident memory of the process"],
     ["state_bytes", "state", "optimizer state"],
-  ].filter(([key]) => chosen().some((row) => isNumber(row[key])));
+  ].filter(([key]) => measured.some((row) => isNumber(row[key]) && row.loss));
   if (!axes.length) return;
   let [key] = axes[0];
   let close = true;
   const draw = (width) => {
-    const title = axes.find(([name]) => name === key)[2];
-    const rows = chosen().filter((row) => isNumber(row[key]) && isNumber(row.loss?.median));
+    const [, short, title] = axes.find(([name]) => name === key);
+    const has = (row) => isNumber(row[key]) && isNumber(row.loss?.median);
+    const rows = chosen().filter(has);
+    const unknown = chosen().filter((row) => row.loss && !isNumber(row[key]));
+    const ceiling = close ? ceilingOf(rows.map((row) => row.loss.median)) : undefined;
     const layers = rows.map((row) => ({
       key: "points",
       name: row.name,
@@ -157,16 +189,17 @@ function frontChart(grid, add, redraw, chosen, tipOf) {
         },
       ],
     }));
-    const best = paretoFront(layers.map((layer) => layer.points[0]));
-    const front = best.map(({ x, y }) => ({ x, y }));
+    // Of all that were measured: a front does not change with what is picked.
+    const front = paretoFront(measured.filter(has).map((row) => ({ x: row[key], y: row.loss.median })));
+    const isBest = ({ x, y }) => front.some((point) => point.x === x && point.y === y);
     // From the left, for the arrow keys; those on the front get their labels first.
     layers.sort((a, b) => a.points[0].x - b.points[0].x);
     for (const {
       points: [point],
     } of layers)
-      point.first = best.includes(point);
-    if (front.length) layers.unshift({ key: "front", name: "", kind: "front", points: front });
-    return xyChart(
+      point.first = isBest(point);
+    if (front.length && rows.length) layers.unshift({ key: "front", name: "", kind: "front", points: front });
+    const svg = xyChart(
       {
         label: `held-out loss against ${title}`,
         height: 360,
@@ -176,18 +209,26 @@ function frontChart(grid, add, redraw, chosen, tipOf) {
           title: "held-out loss, nats a token",
           short: (v) => digits(v, 6),
           room: 0.12,
-          ceiling: close ? ceilingOf(rows.map((row) => row.loss.median)) : undefined,
+          ceiling,
         },
       },
       width,
     );
+    return [
+      svg,
+      ...beneath(
+        "Not shown",
+        unknown.map((row) => `${row.name} (no ${short} measured)`),
+      ),
+      ...leftAbove(rows, ceiling),
+    ];
   };
   add(grid, {
     id: "chart-front",
     title: "Loss against memory",
     draw,
     about:
-      "Lower and further left is better; the line joins those that no other beats in both (Pareto front). Whiskers: lowest to highest seed.",
+      "Lower and further left is better; the line joins those that no other beats in both (Pareto front), picked or not. Whiskers: lowest to highest seed.",
     controls: [
       choice(
         "Memory",
@@ -233,6 +274,7 @@ function searchChart(grid, add, redraw, chosen, tipOf) {
     return xyChart(
       {
         label: "held-out loss against learning rate",
+        empty: rows.length ? "Every trial of what is picked diverged." : undefined,
         height: 360,
         layers,
         x: {

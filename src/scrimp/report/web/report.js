@@ -48,10 +48,12 @@ function download() {
 }
 
 document.documentElement.classList.add("scripted");
-document.querySelector("header").prepend(themeButton());
+// An old browser shows the light colours alone.
+if (CSS.supports("color", "light-dark(#000, #fff)")) document.querySelector("header").prepend(themeButton());
 document.body.append(
   h("footer", {}, download(), h("span", { class: "quiet" }, " rounded to five digits")),
   tipBox,
+  spoken,
 );
 if (report.kind === "suite") suiteReport(report);
 else runsReport(report);

@@ -1,32 +1,5 @@
 // The charts of a report of runs.
 
-const SMOOTH = 0.01; // of the run: the reach of the average to either side
-
-/**
- * An exponential average to both sides, so that a falling curve is not shown late. It goes by steps, which may
- * lie unevenly because the log was thinned.
- */
-function smoothed(xs, ys) {
-  const reach = Math.max(1e-9, SMOOTH * ((xs.at(-1) ?? 1) - (xs[0] ?? 0)));
-  const known = xs.map((_, index) => index).filter((index) => isNumber(ys[index]));
-  const sums = new Map(known.map((index) => [index, { sum: -ys[index], weight: -1 }])); // both ways count it
-  for (const order of [known, [...known].reverse()]) {
-    let sum = 0,
-      weight = 0,
-      before = null;
-    for (const index of order) {
-      const kept = before === null ? 0 : Math.exp(-Math.abs(xs[index] - xs[before]) / reach);
-      before = index;
-      sum = kept * sum + ys[index];
-      weight = kept * weight + 1;
-      const both = sums.get(index);
-      both.sum += sum;
-      both.weight += weight;
-    }
-  }
-  return ys.map((y, index) => (sums.has(index) ? sums.get(index).sum / sums.get(index).weight : y));
-}
-
 function runsReport(report) {
   const runs = report.runs.map((run, style) => ({ ...run, style }));
   const now = { x: "step" };
@@ -36,8 +9,8 @@ function runsReport(report) {
     const table = document.querySelector(`#${id} table`);
     if (table) filterable(table, id === "recipe" ? "Filter fields" : "Filter versions");
   }
-  document.querySelectorAll("main table").forEach(sortable);
   markRuns(runs);
+  document.querySelectorAll("main table").forEach(sortable);
 
   const section = document.getElementById("charts");
   const hasTokens = runs.every((run) => run.train?.tokens?.length);
@@ -78,7 +51,9 @@ function runsReport(report) {
     write: bytes,
     levels: true,
     y: "peak so far",
-    about: "The most held so far, with what was planned and the budget.",
+    about: runs.some((run) => run.peak_of === "allocator")
+      ? "The most held so far, with what was planned and the budget. On CUDA: what the allocator gave out, and the plan without the context."
+      : "The most held so far, with what was planned and the budget.",
   });
   series(context, {
     key: "tokens_per_s",
@@ -110,8 +85,10 @@ function runsReport(report) {
 
 /** Show each run's line in the first table. */
 function markRuns(runs) {
+  const { rows } = document.querySelector("#runs table").tBodies[0];
   for (const run of runs) {
-    const line = document.querySelector(`#runs tr[data-name="${CSS.escape(run.name)}"]`);
+    // By its place: a name may hold what neither a page nor a selector keeps as it is.
+    const line = rows[run.style];
     line.cells[0].prepend(h("span", { class: "pick" }, swatch(run.style)));
   }
 }
@@ -136,7 +113,7 @@ function runLoss({ runs, now, add, redraw }) {
   const layersOf = (run) => {
     const xs = run.train?.[now.x] ?? [],
       ys = run.train?.loss ?? [];
-    const soft = smoothed(xs, ys);
+    const soft = run.train?.loss_average ?? [];
     const raw = {
       key: `${run.name} raw`,
       name: run.name,
@@ -157,7 +134,7 @@ function runLoss({ runs, now, add, redraw }) {
         tip: isNumber(ys[index])
           ? tipAt(run, now, x, [
               ["training loss", loss(ys[index])],
-              ["smoothed", loss(soft[index])],
+              ["average around", isNumber(soft[index]) ? loss(soft[index]) : null],
             ])
           : null,
       })),
@@ -193,7 +170,8 @@ function runLoss({ runs, now, add, redraw }) {
     id: "chart-loss",
     title: "Loss",
     wide: true,
-    about: "Faint: every step; bold: its average over the steps around; marks: held-out loss.",
+    about:
+      "Faint: the steps; bold: the average of all steps around each, before and after; marks: held-out loss.",
     controls: [toggle("log loss", false, change("y")), toggle("log steps", false, change("x"))],
     draw: (width) =>
       xyChart(
@@ -222,7 +200,7 @@ function series(
   const layersOf = (run) => {
     const xs = run.train[now.x],
       ys = run.train[key];
-    const soft = smooth ? smoothed(xs, ys) : ys;
+    const soft = smooth ? run.train[`${key}_average`] ?? [] : ys;
     const line = {
       key: run.name,
       name: run.name,
@@ -235,7 +213,7 @@ function series(
         tip: isNumber(ys[index])
           ? tipAt(run, now, x, [
               [y, write(ys[index])],
-              ["smoothed", smooth ? write(soft[index]) : null],
+              ["average around", smooth && isNumber(soft[index]) ? write(soft[index]) : null],
             ])
           : null,
       })),
@@ -260,7 +238,7 @@ function series(
         {
           label: title,
           height: 300,
-          layers: [...shown.flatMap(layersOf), ...joined(rules)],
+          layers: [...shown.flatMap(layersOf), ...rules],
           x: xAxis(now),
           y: {
             title: y,
@@ -285,25 +263,11 @@ const levelsOf = (run, named) =>
       name: "",
       kind: "rule",
       rule,
-      value: run[key],
       text,
-      run: named ? run.name : "",
+      write: (value) => bytes(value, 3),
+      of: named ? run.name : "",
       points: [{ y: run[key] }],
     }));
-
-/** Levels that are the same for several runs are drawn once. */
-function joined(rules) {
-  const found = new Map();
-  for (const rule of rules) {
-    const key = `${rule.rule} ${rule.value}`;
-    const names = [...(found.get(key)?.names ?? []), rule.run].filter(Boolean);
-    found.set(key, { ...rule, names });
-  }
-  return [...found.values()].map((rule) => ({
-    ...rule,
-    text: `${rule.text} ${bytes(rule.value, 3)}${rule.names.length === 1 ? ` (${rule.names[0]})` : ""}`,
-  }));
-}
 
 function runMemory({ runs, add, redraw }) {
   for (const run of runs.filter((one) => one.memory)) {

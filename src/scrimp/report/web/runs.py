@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scrimp.base.units import format_bytes, format_count
+from scrimp.report.run_table import peak_head
 from scrimp.report.web.markup import (
     CHARTS,
     Cell,
@@ -67,14 +68,9 @@ def _last(row: Row, part: str, name: str) -> float | None:
     return found[-1] if found else None
 
 
-def _most(row: Row) -> float | None:
-    found = [value for value in (row.get("train") or {}).get("peak_bytes") or () if value is not None]
-    return max(found, default=None)
-
-
 def _plan_error(row: Row) -> Cell | None:
     """How far the measured peak lies above the plan, as a share of what was measured."""
-    measured, predicted = _most(row), row.get("predicted_bytes")
+    measured, predicted = row.get("peak_bytes"), row.get("predicted_bytes")
     if not measured or not predicted:
         return None
     return number(100 * (predicted - measured) / measured, lambda value: f"{signed(value, 1)} %")
@@ -108,7 +104,7 @@ def _headlines(rows: Sequence[Row]) -> str:
         Column("tokens", "", lambda row: number(_last(row, "train", "tokens"), format_count)),
         Column("parameters", "", lambda row: number(row.get("parameters"), format_count)),
         Column("tokens/s", "median", lambda row: number(row.get("tokens_per_s"), "{:,.0f}".format)),
-        Column("peak memory", "measured", lambda row: number(_most(row), format_bytes)),
+        Column(peak_head(rows), "measured", lambda row: number(row.get("peak_bytes"), format_bytes)),
         Column("planned", "", lambda row: number(row.get("predicted_bytes"), format_bytes)),
         Column("plan error", "of the measured", _plan_error),
         Column("budget", "", lambda row: number(row.get("budget_bytes"), format_bytes)),

@@ -5,6 +5,8 @@ const ROUND = [1, 2, 2.5, 5, 10];
 /** The round step that makes at most `most` of `span`, in units of `unit`. */
 function roundStep(span, most, unit) {
   const raw = span / unit / Math.max(1, most);
+  // Parts of a binary unit are halves: a quarter of a GiB is 256 MiB, a fifth is 204.8.
+  if (unit > 1 && raw < 1) return unit * 2 ** -Math.floor(-Math.log2(raw) + 1e-9);
   const power = 10 ** Math.floor(Math.log10(raw));
   return unit * power * ROUND.find((n) => power * n >= raw * (1 - 1e-9));
 }

@@ -4,8 +4,7 @@ function suiteReport(suite) {
   const all = suite.contestants.map((row, style) => ({ ...row, style }));
   const measured = all.filter((row) => row.status !== "missing" && row.status !== "failed");
   const reference = suite.protocol?.reference;
-  // Twelve lines can be told apart; a larger suite starts with its first twelve.
-  const picked = new Set(measured.slice(0, 12).map((row) => row.name));
+  const picked = new Set(firstPicked(measured, reference).map((row) => row.name));
   const charts = [];
   const chosen = () => measured.filter((row) => picked.has(row.name));
   const redraw = () => charts.forEach((draw) => draw());
@@ -27,22 +26,36 @@ function suiteReport(suite) {
   section.append(grid);
   const tipOf = (row, rows) => ({ title: row.name, swatch: swatch(row.style), rows });
 
-  if (measured.some((row) => row.curves?.length)) lossChart(grid, add, redraw, chosen, tipOf, suite.protocol);
-  if (measured.some((row) => row.loss)) frontChart(grid, add, redraw, chosen, tipOf);
-  if (measured.some((row) => row.trials?.length)) searchChart(grid, add, redraw, chosen, tipOf);
+  // The loss after the few steps of the memory suite says nothing.
+  if (suite.suite !== "memory") {
+    if (measured.some((row) => row.curves?.length))
+      lossChart(grid, add, redraw, chosen, tipOf, suite.protocol);
+    if (measured.some((row) => row.loss)) frontChart(grid, add, redraw, chosen, tipOf, measured);
+    if (measured.some((row) => row.trials?.length)) searchChart(grid, add, redraw, chosen, tipOf);
+  }
   if (measured.some((row) => row.memory)) memoryChart(grid, add, redraw, chosen);
   if (measured.some((row) => row.tokens_per_s)) speedCharts(grid, add, chosen, tipOf, reference);
+}
+
+/** Twelve lines can be told apart: a larger suite starts with the twelve of the lowest loss and the reference. */
+function firstPicked(rows, reference) {
+  const end = (row) => row.loss?.median ?? Infinity;
+  const best = [...rows].sort((a, b) => (end(a) < end(b) ? -1 : end(a) > end(b) ? 1 : 0)).slice(0, 12);
+  const own = rows.find((row) => row.name === reference);
+  return own && !best.includes(own) ? [...best, own] : best;
 }
 
 /** The legend, and a box in each row of the table; both say and set what is picked. */
 function pickers(all, measured, picked, table, redraw) {
   const inputs = new Map();
+  // By its place, before anything is sorted: a name may hold what neither a page nor a selector keeps as it is.
+  const lines = new Map(all.map((row, index) => [row.name, table.tBodies[0].rows[index]]));
   const set = (names, on) => {
     for (const name of names) {
       if (on) picked.add(name);
       else picked.delete(name);
       for (const input of inputs.get(name)) input.checked = on;
-      table.querySelector(`tr[data-name="${CSS.escape(name)}"]`).classList.toggle("unpicked", !on);
+      lines.get(name).classList.toggle("unpicked", !on);
     }
     redraw();
   };
@@ -57,7 +70,7 @@ function pickers(all, measured, picked, table, redraw) {
     return made;
   };
   for (const row of measured) {
-    const line = table.querySelector(`tr[data-name="${CSS.escape(row.name)}"]`);
+    const line = lines.get(row.name);
     line.classList.toggle("unpicked", !picked.has(row.name));
     line.cells[0].prepend(
       h("span", { class: "pick" }, input(row, `show ${row.name} in the charts`), swatch(row.style)),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scrimp.base.units import format_bytes, format_count, format_duration
+from scrimp.report.suite_cells import has_diverged, prediction_error, threads
 from scrimp.report.web.markup import (
     CHARTS,
     Cell,
@@ -42,9 +43,11 @@ ORIENTATION = (
 )
 SAME_JOB = (
     "Every contestant does the same job, in a process of its own: the model, the data and their order, and "
-    "the steps are the same; only the method differs."
+    "{length} are the same; only the method differs."
 )
 TUNING = "Equal tuning: as many learning rates for each ({trials}), a factor of {lr_factor:.4g} apart."
+NO_TUNING = "No tuning: one learning rate for each, {lr_centre:.3g} for the reference ({lr_law})."
+CENTRE = "The search is centred at {lr_centre:.3g} for the reference ({lr_law})."
 SEEDS = (
     "The best of them is run with every seed ({seeds}); the median is shown with the lowest and the highest."
 )
@@ -100,7 +103,7 @@ def _header(document: Mapping[str, Any]) -> str:
     command = shlex.join(map(str, document.get("command") or ()))
     return (
         f'<header>\n<p class="over">scrimp bench {safe(document.get("suite") or "")}</p>\n'
-        f'<h1>{safe(document["title"])}</h1>\n<p class="lead">{safe(_job(document.get("job") or {}))}</p>\n'
+        f'<h1>{safe(document["title"])}</h1>\n<p class="lead">{safe(_job(document))}</p>\n'
         + (f'<p class="warning"><b>Busy machine.</b> {BUSY}</p>\n' if document.get("busy") else "")
         + said
         + (f'\n<p class="command"><code>{safe(command)}</code></p>' if command else "")
@@ -116,21 +119,24 @@ def _load(load: Mapping[str, Any]) -> str:
     return said + (f"; others took {share:.1%} of the processor" if said and share is not None else "")
 
 
-def _job(job: Mapping[str, Any]) -> str:
+def _job(document: Mapping[str, Any]) -> str:
+    job, seconds = document.get("job") or {}, (document.get("protocol") or {}).get("seconds")
+
     def said(text: str, *names: str) -> str:
         return text.format(**job) if all(job.get(name) is not None for name in names) else ""
 
-    threads = job.get("threads")
+    same_steps = seconds is None and job.get("steps") is not None
     parts = (
         said("{model}", "model"),
         f"{format_count(job['parameters'])} parameters" if job.get("parameters") else "",
         {"scratch": "from scratch", None: ""}.get(job.get("init"), f"from {job.get('init')}"),
         said("{data}", "data"),
-        f"{format_count(job['tokens'])} tokens" if job.get("tokens") else "",
-        said("{steps} steps of {batch} × {seq}", "steps", "batch", "seq"),
+        f"{format_count(job['tokens'])} tokens" if same_steps and job.get("tokens") else "",
+        f"{format_duration(seconds)} of training each" if seconds is not None else "",
+        said(f"{'{steps} ' * same_steps}steps of {{batch}} × {{seq}}", "batch", "seq"),
         said("{precision}", "precision"),
         said("on {device}", "device"),
-        f"{threads} thread{'s' if threads > 1 else ''}" if threads else "",
+        threads(document),
     )
     return " · ".join(part for part in parts if part)
 
@@ -161,20 +167,39 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
         size = row.get("state_bytes")
         return None if size is None or not parameters else number(size / parameters, "{:.3g}".format)
 
-    return [
-        Column("contestant", "", name, words=True),
-        Column("held-out loss", "nats a token", lambda row: spread(row.get("loss"), "{:.4f}".format)),
+    # The loss after the few steps of the memory suite says nothing.
+    only_memory = document.get("suite") == "memory"
+    learning = [
+        Column("held-out loss", "nats a token", _loss),
         Column("difference", f"to {reference}", difference),
         Column("best lr", "of the search", _lr),
         Column("tokens to target", "fewer is better", lambda row: _to_target(row, "tokens")),
         Column("seconds to target", "fewer is better", lambda row: _to_target(row, "seconds")),
+    ]
+    prediction = [
+        Column("predicted", "whole process", lambda row: number(row.get("predicted_bytes"), format_bytes)),
+        Column("error", "of the measured", lambda row: number(prediction_error(row), _percent)),
+    ]
+    return [
+        Column("contestant", "", name, words=True),
+        *([] if only_memory else learning),
         Column("optimizer state", "bytes", lambda row: number(row.get("state_bytes"), format_bytes)),
         Column("state", "bytes a parameter", per_parameter),
         Column("peak tensors", "bytes", lambda row: number(row.get("tensor_bytes"), format_bytes)),
         Column("peak resident", "whole process", lambda row: number(row.get("peak_bytes"), format_bytes)),
+        *(prediction if only_memory else []),
         Column("tokens/s", "more is faster", lambda row: spread(row.get("tokens_per_s"), _rate)),
         Column("speed", f"× {reference}", lambda row: spread(row.get("speed_ratio"), "{:.3f}".format)),
     ]
+
+
+def _loss(row: Row) -> Cell | None:
+    # It sorts behind any loss.
+    return Cell("diverged", 1e300) if has_diverged(row) else spread(row.get("loss"), "{:.4f}".format)
+
+
+def _percent(share: float) -> str:
+    return f"{signed(100 * share, 1)} %"
 
 
 def _rate(value: float) -> str:
@@ -183,9 +208,10 @@ def _rate(value: float) -> str:
 
 def _name(row: Row, reference: str | None) -> str:
     tag = '<span class="tag">reference</span>' if row["name"] == reference else ""
-    partial = f"only in part: {row.get('why')}" if row.get("status") == "partial" else ""
+    why = row.get("why") or ""
+    said = {"partial": f"only in part: {why or 'not all of its runs are done'}", "done": why}
     peer = f"peer: {row.get('package') or row['name']}" if row.get("kind") == "peer" else row.get("package")
-    below = " · ".join(str(part) for part in (row.get("title"), peer, partial) if part)
+    below = " · ".join(str(part) for part in (row.get("title"), peer, said.get(row["status"])) if part)
     return f'<span class="name">{safe(row["name"])}</span>{tag}<small>{safe(below)}</small>'
 
 
@@ -206,10 +232,14 @@ def _to_target(row: Row, what: str) -> Cell | None:
     if target is None:
         return None
     reached, of = target.get("reached"), target.get("of")
+    if what == "seconds" and target.get("seconds") is None and not row.get("tokens_per_s"):
+        return None
+    if target.get("tokens") is None:
+        # Never there sorts behind late.
+        return Cell(f"not reached<small>({reached} of {of})</small>", 1e300)
     some = f"<small>{reached} of {of} seeds</small>" if reached != of else ""
     if target.get(what) is None:
-        # Never there sorts behind late.
-        return Cell(f"not reached{some}", 1e300) if not reached else None
+        return None
     text = format_count(target[what]) if what == "tokens" else f"{target[what]:.3g}"
     return Cell(safe(text) + some, target[what])
 
@@ -226,7 +256,7 @@ def _contestants(document: Mapping[str, Any]) -> str:
         status = absent.get(row.get("status") or "")
         return f"{status}: {row.get('why') or 'no reason was recorded'}" if status else ""
 
-    seeds = (document.get("protocol") or {}).get("seeds")
+    seeds = (document.get("protocol") or {}).get("seeds") if _learns(document) else None
     below = "Medians of the seeds; below them, from the lowest to the highest." if seeds and seeds > 1 else ""
     made = table(used(columns(document), rows), rows, label="Contestants", head=head, why=why)
     said = f'<p class="quiet">{below}</p>' if below else ""
@@ -292,6 +322,11 @@ def _value(value: object) -> Cell | None:
     return number(value, "{:g}".format) if is_number else words(value)  # type: ignore[arg-type]
 
 
+def _learns(document: Mapping[str, Any]) -> bool:
+    """Tell whether losses were compared, and not memory or speed alone."""
+    return (document.get("protocol") or {}).get("trials") != 0 and document.get("suite") != "memory"
+
+
 def _protocol(document: Mapping[str, Any]) -> str:
     protocol, job = document.get("protocol") or {}, document.get("job") or {}
     if not protocol:
@@ -301,13 +336,18 @@ def _protocol(document: Mapping[str, Any]) -> str:
         found = {**job, **protocol}
         return text.format(**found) if all(found.get(name) is not None for name in names) else ""
 
-    sentences = [
-        SAME_JOB,
-        said(TUNING, "trials", "lr_factor"),
-        said("The search is centred at {lr_centre:.3g} ({lr_law}).", "lr_centre", "lr_law"),
-        said(SEEDS, "seeds"),
+    seconds = protocol.get("seconds")
+    length = "the steps" if seconds is None else f"the seconds of training ({seconds:.4g} s each)"
+    learning = [
+        said(TUNING, "trials", "lr_factor") if protocol.get("trials") != 1 else "",
+        said(CENTRE if protocol.get("trials") != 1 else NO_TUNING, "lr_centre", "lr_law"),
+        said(SEEDS, "seeds") if (protocol.get("seeds") or 0) > 1 else "",
         said(EVALUATION, "evaluation_tokens", "evaluation_every"),
         said(TARGET, "target_loss", "target_rule").replace("..", "."),
+    ]
+    sentences = [
+        SAME_JOB.format(length=length),
+        *(learning if _learns(document) else []),
         said(PAIRS, "reference", "turn_steps", "pairs") if protocol.get("pairs") else "",
     ]
     return section("protocol", "Protocol", bullets(text for text in sentences if text))

@@ -1,11 +1,19 @@
 // The one tooltip. A chart gives targets (a place, a key, what to say); the pointer takes the nearest one, the
 // arrow keys go from one to the next: left and right along a series, up and down between series.
 
-const tipBox = h("div", { id: "tip", role: "status", "aria-live": "polite", hidden: true });
+const tipBox = h("div", { id: "tip", "aria-hidden": "true", hidden: true });
+// What is said to those who cannot see it: on keys alone, since a pointer that passes would never stop talking.
+const spoken = h("div", { id: "spoken", class: "unseen", role: "status", "aria-live": "polite" });
 const REACH = 60; // pixels within which a point answers to the pointer
 
+const told = (tip) => tip.rows.filter(([, value]) => value !== null && value !== undefined);
+
+function say(tip) {
+  spoken.textContent = [tip.title, ...told(tip).map(([name, value]) => `${name} ${value}`.trim())].join(", ");
+}
+
 function showTip(tip, x, y) {
-  const rows = tip.rows.filter(([, value]) => value !== null && value !== undefined);
+  const rows = told(tip);
   tipBox.replaceChildren(
     h("b", {}, tip.swatch ?? null, tip.title),
     h("dl", {}, ...rows.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]).flat()),
@@ -85,7 +93,8 @@ function answer(svg, targets) {
     if (event.key === "Escape") return hideTip();
     if (!/^(Arrow|Home$|End$)/.test(event.key) || !targets.length) return undefined;
     event.preventDefault();
-    return show(targets[step(targets, index, event.key)]);
+    show(targets[step(targets, index, event.key)]);
+    return say(targets[index].tip);
   };
   svg.addEventListener("pointermove", byPointer);
   svg.addEventListener("pointerdown", byPointer);
@@ -93,7 +102,9 @@ function answer(svg, targets) {
   svg.addEventListener("keydown", byKey);
   svg.addEventListener("focus", () => {
     // A pointer that focuses the chart has its own point already.
-    if (svg.matches(":focus-visible") && targets.length) show(targets[Math.max(0, index)]);
+    if (!svg.matches(":focus-visible") || !targets.length) return;
+    show(targets[Math.max(0, index)]);
+    say(targets[index].tip);
   });
   svg.addEventListener("blur", hideTip);
 }
