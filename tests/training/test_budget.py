@@ -33,7 +33,7 @@ def test_the_term_that_was_predicted_wrong_is_named() -> None:
 
 def test_a_peak_that_no_tracked_moment_reached_is_said_to_be_none_of_them() -> None:
     said = over_budget(300 * MIB, 150 * MIB, predicted=make_ledger(), measured=make_ledger())
-    assert "'a step that was not tracked'" in said
+    assert "'a later step'" in said
 
 
 @pytest.mark.parametrize("strict", [True, False])

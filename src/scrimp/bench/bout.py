@@ -18,6 +18,7 @@ from scrimp.build import Inputs, Job, build
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.observer import PeakMeter
 from scrimp.memory.state_bytes import state_bytes
+from scrimp.recipe import flat
 from scrimp.report.lines import LineReporter
 from scrimp.schedules import learning_rate
 from scrimp.training.environment import process_state
@@ -31,6 +32,7 @@ from scrimp.training.stopping import Stopper
 from scrimp.training.watch import Watch
 
 OUTSIDE_STEPS = ("evaluation", "save")
+CHOSEN = ("optimizer.name", "activations.name", "activations.loss")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +95,7 @@ class Bout:
         inside = [m for m in measured.moments if m.name not in OUTSIDE_STEPS] if measured else []
         highest = max(inside, key=lambda moment: moment.total - moment.terms["fixed"], default=None)
         return {
-            "settings": dict(self.settings),
+            "settings": {**dict(self.settings), **(self._chosen() if ours else {})},
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained": sum(p.numel() for p in self.job.trained.values()),
             "state_bytes": state_bytes(self.job.optimizer),
@@ -102,6 +104,12 @@ class Bout:
             "tensor_bytes": highest and highest.total - highest.terms["fixed"],
             "memory": highest and {"moment": highest.name, "terms": dict(highest.terms)},
         }
+
+    def _chosen(self) -> dict[str, Any]:
+        """Return what a recipe of ours, or the planner, chose."""
+        recipe = self.job.recipe
+        chosen = {name: value for name, value in flat(recipe).items() if name in CHOSEN}
+        return {**chosen, "precision": recipe.precision, "micro_batch": recipe.micro_batch}
 
 
 @dataclass(slots=True)

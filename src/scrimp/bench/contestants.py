@@ -120,7 +120,6 @@ def _planned(name: str) -> Contestant:
         name=name,
         title=f"what the planner chooses for {budget}",
         recipe={**open_choices, "precision": None, "micro_batch": None, "memory": budget},
-        paper="adamw",
     )
 
 

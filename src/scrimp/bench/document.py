@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scrimp.base import platform
+from scrimp.base.units import format_bytes, parse_bytes
 from scrimp.bench import peers
 from scrimp.bench.bench import Bench
 from scrimp.bench.entries import Entry, Run
@@ -36,7 +37,7 @@ def document(bench: Bench) -> dict[str, Any]:
         "suite": ask.suite.name,
         "title": ask.suite.title,
         "made": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "command": [Path(word).name if Path(word).is_absolute() else word for word in ask.command],
+        "command": shown(ask.command),
         "busy": bool(disturbed),
         "seconds": round(bench.earlier + bench.load.seconds, 1),
         "notes": _notes(bench, disturbed),
@@ -49,6 +50,11 @@ def document(bench: Bench) -> dict[str, Any]:
         "protocol": _protocol(bench, target),
         "contestants": [_row(entry, bench, target) for entry in bench.entries],
     }
+
+
+def shown(command: Sequence[str]) -> list[str]:
+    """Return a command without the folders of this machine, for others to read."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in command]
 
 
 def _target(reference: Entry) -> float | None:
@@ -139,13 +145,20 @@ def _curve(run: Run) -> dict[str, Any]:
 
 
 def _lost(entry: Entry) -> str:
-    """Say which of a contestant's runs came to nothing, where that changes what its figures mean."""
+    """Say what changes the meaning of a contestant's figures: runs that came to nothing, a broken budget."""
     if entry.trials and entry.best is None:
         return "diverged at every learning rate tried"
+    budget = entry.contestant.recipe.get("memory")
+    peak = max((run.found["peak_bytes"] for run in entry.runs if run.found), default=0)
+    over = budget is not None and peak > parse_bytes(budget)
     lost = [run for run in entry.runs if run.loss is None]
     failed = next((run.why for run in [*entry.trials, *entry.more] if run.why), "")
-    said = [f"{len(lost)} of {len(entry.runs)} seeds diverged"] if lost else []
-    return "; ".join([*said, *([f"a run failed: {failed}"] if failed else [])])
+    said = {
+        f"{len(lost)} of {len(entry.runs)} seeds diverged": bool(lost),
+        f"a run failed: {failed}": bool(failed),
+        f"over its budget, with {format_bytes(peak)} of {budget}": over,
+    }
+    return "; ".join(sentence for sentence, holds in said.items() if holds)
 
 
 def _status(entry: Entry, bench: Bench) -> str:
@@ -184,11 +197,12 @@ def _notes(bench: Bench, disturbed: Sequence[Entry]) -> list[str]:
         notes.append(
             f"Other programs took over {BUSY_OTHERS_SHARE:.0%} of the cores while these took turns: {names}."
         )
-    if bench.ask.pairs:
+    if bench.ask.pairs and bench.turn_steps > 1:
         notes.append(
             "A turn is as long as a projecting method has from one refresh to the next, so that each turn "
             "holds one."
         )
+    if bench.ask.pairs:
         notes.append(
             "The reference takes turns with a second process of itself: how far its ratio is from 1 is what "
             "the machine's noise is worth."

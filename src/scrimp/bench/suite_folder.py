@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from scrimp.base import extras, files
 from scrimp.base.errors import Interrupted, ScrimpError
 from scrimp.base.lock import run_lock
 from scrimp.bench.bench import Bench
-from scrimp.bench.document import document
+from scrimp.bench.document import document, shown
 from scrimp.bench.entries import Ask
 from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
@@ -46,11 +47,17 @@ class SuiteFolder:
             Interrupted: A signal stopped it.
         """
         self._check()
+        is_new = not self.path.exists()
         with files.explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with run_lock(self.path), Stopper().listening():
             try:
                 return self._run(ask, say)
+            except ScrimpError:
+                if is_new and not self.document.exists():
+                    with suppress(OSError):  # Windows keeps a lock's file
+                        files.remove_tree(self.path)  # nothing was found that could be lost
+                raise
             except Interrupted as stop:
                 raise Interrupted(
                     f"stopped; what is finished lies in {self.path}, and the same command goes on from there",
@@ -64,7 +71,7 @@ class SuiteFolder:
         if ask.suite.tunes:
             suite = replace(ask.suite, recipe={**ask.suite.recipe, **trained_model(self.path, ask, pool)})
             ask = replace(ask, suite=suite)
-        bench = Bench(ask, pool, say, load, self._seconds_before())
+        bench = Bench(ask, pool, say, load, self._seconds_before(ask))
         for _ in bench.run():
             self._write(document(bench))
         found = document(bench)
@@ -78,12 +85,20 @@ class SuiteFolder:
         say(f"wrote {self.path / 'report.html'}")
         return found
 
-    def _seconds_before(self) -> float:
-        path = self.path / "bench.json"
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
+    @property
+    def document(self) -> Path:
+        """The suite's document."""
+        return self.path / "bench.json"
+
+    def _seconds_before(self, ask: Ask) -> float:
+        """Return what the same command took before it was stopped."""
+        if not self.document.is_file():
+            return 0.0
+        before = json.loads(self.document.read_text(encoding="utf-8"))
+        return float(before["seconds"]) if before["command"] == shown(ask.command) else 0.0
 
     def _write(self, found: dict[str, Any]) -> None:
-        files.write_json(self.path / "bench.json", found)
+        files.write_json(self.document, found)
         write_page(found, self.path / "report.html")
 
     def _check(self) -> None:

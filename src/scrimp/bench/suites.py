@@ -89,7 +89,7 @@ SUITES: tuple[Suite, ...] = (
             "apollo-torch",
             "bitsandbytes",
         ),
-        recipe={"model.name": "llama-1m", "steps": 600},
+        recipe={"model.name": "llama-1m", "model.init": "scratch", "steps": 600},
     ),
     Suite(
         name="finetune",

@@ -102,6 +102,11 @@ class Place:
         files.write_json(self.path / "result.json", found)
 
     @property
+    def run(self) -> Path:
+        """The run of a model that a suite starts from: beside the folder, so that it outlives a stop."""
+        return self.path.with_name(f"{self.path.name}-run")
+
+    @property
     def metrics(self) -> Path:
         """The metrics of its run."""
         return self.path / "metrics.jsonl"

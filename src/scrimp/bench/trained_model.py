@@ -62,8 +62,8 @@ def _train(ask: Ask, pool: Pool) -> Path:
         recipe={name: ask.stated[name] for name in HELD if name in ask.stated},
         cache=None if ask.cache is None else str(ask.cache),
     )
-    pool.say("making the model to start from: the default run, about a minute")
+    pool.say("making the model to start from, by the default run; --model names another one")
     for _, found in pool.do([task]):
         if found["status"] != "done":
             raise ScrimpError(f"the model to start from: {found['why']}; name one with --model")
-    return pool.place(task).path / "run"
+    return pool.place(task).run

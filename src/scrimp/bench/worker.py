@@ -188,12 +188,12 @@ def _files(path: Path | None) -> list[tuple[str, int, int]]:
 
 
 def make_base(task: Task, place: Place) -> None:
-    """Train the model that a fine-tuning suite starts from."""
+    """Train the model that a fine-tuning suite starts from, or go on with it."""
     from scrimp.training.run import execute
     from scrimp.training.start import choose_start
 
     inputs = _inspect(task)
-    start = choose_start(inputs.recipe, out=place.path / "run", resume=False)
+    start = choose_start(inputs.recipe, out=place.run, resume=True)
     execute(start, inputs, LineReporter())
     place.write_result({"status": "done"})
 

@@ -26,13 +26,15 @@ Methods = Annotated[
     _option(
         "Who competes, as A,B,…: methods of the catalogue, with other pieces as in adamw+recompute+bf16, "
         "plan:BUDGET for the planner's choice, packages as in galore-torch or pytorch-optimizer:Fira; "
-        "all: everybody; none: the suite's own."
+        "all: everybody; none: the suite's own. `scrimp methods` lists both."
     ),
 ]
 Out = Annotated[Path | None, _option("Folder of the suite; none: bench/SUITE.")]
-Trials = Annotated[int | None, _option("Learning rates each may try; none: the suite's.", least=1)]
-Seeds = Annotated[int | None, _option("Runs at the best rate; none: the suite's.", least=1)]
-Pairs = Annotated[int | None, _option("Turns against the reference, for speed; none: the suite's.", least=0)]
+Trials = Annotated[int | None, _option("Rates each may try; none: three, in suites that learn.", least=1)]
+Seeds = Annotated[int | None, _option("Runs at the best rate; none: three, in suites that learn.", least=1)]
+Pairs = Annotated[
+    int | None, _option("Turns against the reference, for speed; none: five, but for memory.", least=0)
+]
 Seconds = Annotated[
     float | None,
     _option("Train each for the steps that it makes in so many seconds, in place of --steps.", least=1.0),

@@ -29,6 +29,7 @@ def methods(
         )
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -45,7 +46,8 @@ def methods(
     console.print(pieces_table)
     peers_table = Table("peer", "what it is", "here", title="Peers of scrimp bench", title_justify="left")
     for peer in PEERS:
-        peers_table.add_row(peer.name, peer.summary, installed_version(peer) or install_line(peer))
+        here = installed_version(peer) or install_line(peer)
+        peers_table.add_row(peer.name, peer.summary, escape(here))  # its square brackets are no markup
     console.print(peers_table)
 
 

@@ -83,5 +83,5 @@ class Watch:
 def moment_of(measured: Ledger | None, peak: int) -> str:
     """Name the moment that a peak belongs to."""
     if measured is None or measured.peak.total < peak * (1 - SAME_PEAK):
-        return "a step that was not tracked"
+        return "a later step"
     return measured.peak.name
