@@ -52,7 +52,6 @@ class Bench:
         pool: Does the tasks.
         say: Told how it goes.
         load: Watches the machine.
-        earlier: Seconds that were spent on it before, where it was stopped.
         entries: The contestants.
         reference: The one that the others are held against: AdamW where it competes, else the first.
         job: What the job was found to be.
@@ -64,7 +63,6 @@ class Bench:
     pool: Pool
     say: Say
     load: LoadWatch
-    earlier: float = 0.0
     entries: list[Entry] = field(default_factory=list)
     reference: Entry = field(init=False)
     job: dict[str, Any] = field(default_factory=dict)
@@ -209,7 +207,7 @@ class Bench:
                 failed = self.reference if error.is_reference else entry
                 self._fail(failed, str(error))
                 return
-            found["others_share"] = load.others_share()
+            found |= {"others_share": load.others_share(), "seconds": load.seconds}
             place.write_result(found)
             self._took.setdefault("turns", []).append(load.seconds)
         entry.turns = found

@@ -37,9 +37,9 @@ def document(bench: Bench) -> dict[str, Any]:
         "suite": ask.suite.name,
         "title": ask.suite.title,
         "made": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "command": shown(ask.command),
+        "command": _shown(ask.command),
         "busy": bool(disturbed),
-        "seconds": round(bench.earlier + bench.load.seconds, 1),
+        "seconds": round(_spent(bench), 1),
         "notes": _notes(bench, disturbed),
         "environment": {
             **environment(packages, device=bench.job["device"]),
@@ -52,7 +52,16 @@ def document(bench: Bench) -> dict[str, Any]:
     }
 
 
-def shown(command: Sequence[str]) -> list[str]:
+def _spent(bench: Bench) -> float:
+    """Return the seconds that the suite's runs and turns took, whenever that was."""
+    turns = sum(entry.turns.get("seconds", 0.0) for entry in bench.entries)
+    runs = [
+        run.found["seconds"] for entry in bench.entries for run in [*entry.trials, *entry.more] if run.found
+    ]
+    return float(turns + sum(runs) / bench.pool.jobs)
+
+
+def _shown(command: Sequence[str]) -> list[str]:
     """Return a command without the folders of this machine, for others to read."""
     return [Path(word).name if Path(word).is_absolute() else word for word in command]
 

@@ -9,7 +9,6 @@ topics.jsonl   the fine-tuning suite's own text
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from scrimp.base import extras, files
 from scrimp.base.errors import Interrupted, ScrimpError
 from scrimp.base.lock import run_lock
 from scrimp.bench.bench import Bench
-from scrimp.bench.document import document, shown
+from scrimp.bench.document import document
 from scrimp.bench.entries import Ask
 from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
@@ -71,7 +70,7 @@ class SuiteFolder:
         if ask.suite.tunes:
             suite = replace(ask.suite, recipe={**ask.suite.recipe, **trained_model(self.path, ask, pool)})
             ask = replace(ask, suite=suite)
-        bench = Bench(ask, pool, say, load, self._seconds_before(ask))
+        bench = Bench(ask, pool, say, load)
         for _ in bench.run():
             self._write(document(bench))
         found = document(bench)
@@ -89,13 +88,6 @@ class SuiteFolder:
     def document(self) -> Path:
         """The suite's document."""
         return self.path / "bench.json"
-
-    def _seconds_before(self, ask: Ask) -> float:
-        """Return what the same command took before it was stopped."""
-        if not self.document.is_file():
-            return 0.0
-        before = json.loads(self.document.read_text(encoding="utf-8"))
-        return float(before["seconds"]) if before["command"] == shown(ask.command) else 0.0
 
     def _write(self, found: dict[str, Any]) -> None:
         files.write_json(self.document, found)

@@ -145,7 +145,7 @@ SUITES: tuple[Suite, ...] = (
             "torchao",
             "transformers",
         ),
-        recipe={"model.name": "llama-9m", "batch": 4, "seq": 256, "steps": 200},
+        recipe={"model.name": "llama-9m", "batch": 4, "seq": 128, "steps": 100},
         trials=0,
         seeds=0,
         evaluations=0,
