@@ -73,6 +73,7 @@ def test_help_shows_what_every_field_means(declared: dict[str, Any]) -> None:
 
 
 VALUES = {
+    "schedule.exponent": "-0.7",
     "model.name": "llama-9m",
     "data.path": "x.txt",
     "data.tokenizer": "t",
@@ -126,7 +127,7 @@ def test_data_may_be_named_several_times() -> None:
 def test_commands_keep_their_docstrings_and_hide_nothing_behind_kwargs() -> None:
     from scrimp.cli import COMMANDS
 
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
     for command in COMMANDS.values():
         kinds = {parameter.kind for parameter in inspect.signature(command).parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}

@@ -48,6 +48,7 @@ def _rewrite_manifest(path: Path, **changes: object) -> None:
 
 
 OTHER = {
+    "schedule.exponent": "-0.25",
     "model.name": "llama-9m",
     "data.path": "other.txt",
     "optimizer.betas": "0.5,0.5",

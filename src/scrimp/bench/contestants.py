@@ -134,7 +134,8 @@ def _ours(name: str, method: Method, others: Sequence[str]) -> Contestant:
         title=" with ".join([method.name, ", ".join(others)]) if others else method.name,
         recipe=recipe,
         lr_ratio=piece("optimizer", optimizer).lr_ratio,
-        paper=method.name if reported(method.name) else None,
+        # No paper reports on a combination.
+        paper=method.name if not others and reported(method.name) else None,
     )
 
 

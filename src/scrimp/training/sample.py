@@ -43,7 +43,7 @@ def sample(
         The prompt and its continuation, without special tokens.
 
     Raises:
-        ScrimpError: The prompt leaves no room in the model's context.
+        ScrimpError: The prompt leaves no room in the model's context, or the model's logits are not finite.
     """
     given = torch.tensor([list(prompt)], device=model.device)
     limit = models.context_length(model.config)
@@ -60,6 +60,9 @@ def sample(
     model.eval()
     generate: Any = model.generate  # transformers leaves it untyped
     with torch.random.fork_rng(), torch.no_grad():
+        if not torch.isfinite(model(input_ids=given, use_cache=False).logits).all():
+            model.train(was_training)
+            raise ScrimpError("the model's logits are not finite: its training diverged, so it says nothing")
         torch.manual_seed(seed)
         out = generate(
             input_ids=given,
@@ -81,7 +84,10 @@ def kept_sample(model: PreTrainedModel, tokenizer: Any) -> str:
         model: The finished model; it is left as it was.
         tokenizer: Its tokenizer.
     """
-    text = sample(model, tokenizer, text_prompt(tokenizer, ""), tokens=KEPT_TOKENS, seed=KEPT_SEED)
+    try:
+        text = sample(model, tokenizer, text_prompt(tokenizer, ""), tokens=KEPT_TOKENS, seed=KEPT_SEED)
+    except ScrimpError as error:  # a finished run is no place to fail for want of a sample
+        return f"(none: {error})"
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
