@@ -25,7 +25,7 @@ from scrimp.bench.pool import Pool
 from scrimp.bench.protocol import rates
 from scrimp.bench.suites import REFERENCE
 from scrimp.bench.tasks import Mode, Place, Task
-from scrimp.bench.turns import PlayerError, compare
+from scrimp.bench.turns import PlayerError, compare, warm_up
 
 Say = Callable[[str], None]
 
@@ -189,7 +189,7 @@ class Bench:
         """Measure a contestant's speed beside the reference's."""
         pairs, steps = self.ask.pairs, self.turn_steps
         # As long as a learning run, where settings of a peer depend on that.
-        total = max(self.job["recipe"]["steps"], (pairs + 1) * steps + 1)
+        total = max(self.job["recipe"]["steps"], warm_up(steps) + pairs * steps + 1)
         never = {"evaluation.every": total, "checkpoint.every": total}
         recipe = self._recipe({"steps": total, "optimizer.lr": TURN_LR, **never})
         other = self._task("turns", self.reference.contestant, recipe)

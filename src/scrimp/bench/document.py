@@ -78,11 +78,11 @@ def _job(bench: Bench) -> dict[str, Any]:
     on_cpu = bench.job["device"] == "cpu"
     threads = ask.recipe.get("threads")
     return {
-        "model": recipe["model.name"],
+        "model": _shown([recipe["model.name"].removesuffix("/model")])[0],
         "parameters": found[0]["parameters"] if found else None,
         "non_embedding": bench.job["non_embedding"],
         "init": recipe["model.init"],
-        "data": bench.job["data"],
+        "data": ", ".join(_shown(bench.job["data"].split(", "))),
         "fingerprint": bench.job["fingerprint"],
         "tokens": None if steps is None else steps * recipe["batch"] * recipe["seq"],
         "steps": steps,

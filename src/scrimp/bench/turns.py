@@ -22,6 +22,7 @@ from scrimp.bench.tasks import ANSWER, Place
 PATIENCE = 20.0  # times what the reference took
 LEAST_PATIENCE_S = 900.0
 A_DAY_S = 86_400.0
+LEAST_WARM_UP = 4  # steps: in its first two our own loop follows every tensor
 
 
 class PlayerError(ScrimpError):
@@ -107,6 +108,11 @@ class Player:
         return PlayerError(why, is_reference=self.is_reference)
 
 
+def warm_up(steps: int) -> int:
+    """Return the steps before the first turn that counts, where a turn is `steps` long."""
+    return max(LEAST_WARM_UP, steps)
+
+
 def compare(contestant: Place, reference: Place, *, pairs: int, steps: int) -> dict[str, Any]:
     """Let two prepared tasks take turns.
 
@@ -129,10 +135,10 @@ def compare(contestant: Place, reference: Place, *, pairs: int, steps: int) -> d
         )
         began = time.monotonic()
         other.read(patience=A_DAY_S)
-        other.turn(steps, patience=A_DAY_S)
+        other.turn(warm_up(steps), patience=A_DAY_S)
         patience = max(LEAST_PATIENCE_S, PATIENCE * (time.monotonic() - began))
         settings = mine.read(patience=patience)["settings"]
-        mine.turn(steps, patience=patience)
+        mine.turn(warm_up(steps), patience=patience)
         mine_speeds: list[float] = []
         other_speeds: list[float] = []
         for contestant_first in turn_order(pairs):
