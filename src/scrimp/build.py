@@ -307,7 +307,12 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.
 
 def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
     name = recipe.activations.loss if choice == "loss" else getattr(recipe, choice).name
-    module, _, function = piece(choice, name).builder.partition(":")
+    return load_function(piece(choice, name).builder)
+
+
+def load_function(where: str) -> Callable[..., Any]:
+    """Import the function that a table names as `module:function`."""
+    module, _, function = where.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,6 @@ matrices only. GaLore and its relatives are in `projections`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from scrimp.base import extras
 from scrimp.base.errors import ScrimpError
+from scrimp.bench.protocol import refresh_every
 from scrimp.build import Job
 
 Settings = Mapping[str, Any]
@@ -39,10 +39,10 @@ def width(job: Job) -> int:
     return int(job.model.config.get_text_config().hidden_size)
 
 
-def refresh_every(job: Job) -> int:
-    """Return the steps between two refreshes of a projection: the papers' 200, or ten refreshes a run."""
+def update_gap(job: Job) -> int:
+    """Return the steps between two refreshes of a projection."""
     assert job.recipe.steps is not None
-    return min(200, math.ceil(job.recipe.steps / 10))
+    return refresh_every(job.recipe.steps)
 
 
 def rate(job: Job) -> float:

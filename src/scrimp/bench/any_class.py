@@ -20,7 +20,7 @@ from scrimp.bench.adapters import (
     load,
     plain_groups,
     rate,
-    refresh_every,
+    update_gap,
     width,
 )
 from scrimp.build import Job
@@ -83,7 +83,11 @@ def _groups(job: Job, package: str, title: str) -> tuple[Groups, dict[str, Any]]
     """Return the groups of parameters as a class wants them, and the settings in them."""
     if package == "torch" or title not in (*PROJECTED, *ORTHOGONAL):
         return plain_groups(job), {}
-    projected = {"rank": width(job) // 4, "update_proj_gap": refresh_every(job), **PROJECTED.get(title, {})}
+    projected = {
+        "rank": width(job) // 4,
+        "update_proj_gap": update_gap(job),
+        **PROJECTED.get(title, {}),
+    }
     used = {"use_muon": True} if title in ORTHOGONAL else projected
     inner = {"params": list(inner_matrices(job).values()), **used}
     made = groups(job.trained.values(), decay=job.recipe.optimizer.weight_decay, inner=inner)

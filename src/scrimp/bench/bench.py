@@ -8,7 +8,6 @@ which the machine was slow falls on all. What one contestant does wrong costs th
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +21,13 @@ from scrimp.bench.contestants import Contestant
 from scrimp.bench.entries import Ask, Entry, Run
 from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
-from scrimp.bench.protocol import rates
-from scrimp.bench.suites import REFERENCE
+from scrimp.bench.protocol import rates, refresh_every
+from scrimp.bench.suites import NO_LIMIT, REFERENCE
 from scrimp.bench.tasks import Mode, Place, Task
 from scrimp.bench.turns import PlayerError, compare, warm_up
 
 Say = Callable[[str], None]
 
-LONGEST_TURN = 200  # steps: what the projecting methods of the papers have between two refreshes
-NO_LIMIT = "1024TiB"
 TURN_LR = 1e-6  # whatever the rate, a step takes as long; at this one nothing diverges
 
 
@@ -72,9 +69,8 @@ class Bench:
 
     @property
     def turn_steps(self) -> int:
-        """Optimizer steps a turn: what projecting peers have from one refresh to the next (`adapters`)."""
-        steps: int = self.job["recipe"]["steps"]
-        return min(LONGEST_TURN, math.ceil(steps / 10))
+        """Optimizer steps a turn: what projecting peers have from one refresh to the next."""
+        return refresh_every(self.job["recipe"]["steps"])
 
     def run(self) -> Iterator[None]:
         """Run the suite, and yield whenever there is something new to write down.

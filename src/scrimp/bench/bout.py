@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 
 from scrimp.base.errors import ScrimpError
 from scrimp.bench.peers import Peer
-from scrimp.build import Inputs, Job, build
+from scrimp.build import Inputs, Job, build, load_function
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.observer import PeakMeter
 from scrimp.memory.state_bytes import state_bytes
@@ -125,7 +124,7 @@ class _PeerLoop:
         peer = self.bout.peer
         assert peer is not None
         self._mark = time.monotonic()
-        _load(peer.adapt)(self.bout.job, after_step=self._step, evaluate=self._evaluate)
+        load_function(peer.adapt)(self.bout.job, after_step=self._step, evaluate=self._evaluate)
 
     def _step(self, step: int, loss: float) -> None:
         seconds = time.monotonic() - self._mark
@@ -199,11 +198,6 @@ def bout(inputs: Inputs, peer: Peer | None, reporter: LineReporter) -> Iterator[
         job = build(prepared, resolved.recipe, resolved.ledger, empty=False, say=reporter.phase)
         settings: Mapping[str, Any] = {}
         if peer is not None:
-            settings = peer.settings if peer.brings_loop else _load(peer.adapt)(job, peer.settings)
+            settings = peer.settings if peer.brings_loop else load_function(peer.adapt)(job, peer.settings)
         with trimming(job.model, heap):
             yield Bout(job=job, peer=peer, settings=settings, meter=meter, watch=Watch(job, meter))
-
-
-def _load(where: str) -> Any:
-    module, _, function = where.partition(":")
-    return getattr(importlib.import_module(module), function)

@@ -115,11 +115,11 @@ def contestant(name: str, suite: Suite) -> Contestant:
 def _planned(name: str) -> Contestant:
     budget = name.removeprefix(PLAN)
     parse_bytes(budget)
-    open_choices: dict[str, Any] = dict.fromkeys(STATED.keys() & {"activations.name", "activations.loss"})
+    open_choices = dict.fromkeys(("activations.name", "activations.loss", "precision", "micro_batch"))
     return Contestant(
         name=name,
         title=f"what the planner chooses for {budget}",
-        recipe={**open_choices, "precision": None, "micro_batch": None, "memory": budget},
+        recipe={**open_choices, "memory": budget},
     )
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from importlib import metadata
 from pathlib import Path
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
+from scrimp.bench import machine
 from scrimp.bench.peer_table import LION_LR, PEERS, PROJECTED_LR, Peer
 
 __all__ = ["PEERS", "Peer", "install_line", "installed_version", "peer"]
@@ -84,10 +84,7 @@ def _class_names(package: str) -> set[str]:
 
 def installed_version(peer: Peer) -> str | None:
     """Return the version of a peer's package, or None; nothing is imported."""
-    try:
-        return metadata.version(peer.package)
-    except metadata.PackageNotFoundError:
-        return None
+    return machine.installed_version(peer.package)
 
 
 def install_line(peer: Peer) -> str:

@@ -26,7 +26,7 @@ from scrimp.bench.adapters import (
     load,
     plain_groups,
     rate,
-    refresh_every,
+    update_gap,
     width,
 )
 from scrimp.build import Job, make_optimizer
@@ -35,7 +35,7 @@ from scrimp.build import Job, make_optimizer
 def _projected(job: Job, settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the groups, the last one projected, and the settings as numbers."""
     rank = width(job) // 4 if settings["rank"] == "width/4" else settings["rank"]
-    used = {**settings, "rank": rank, "update_proj_gap": refresh_every(job)}
+    used = {**settings, "rank": rank, "update_proj_gap": update_gap(job)}
     inner = {"params": list(inner_matrices(job).values()), **used}
     decay = job.recipe.optimizer.weight_decay
     return groups(job.trained.values(), decay=decay, inner=inner), used

@@ -119,6 +119,11 @@ def _first_at(curve: Mapping[str, Any], target: float) -> float:
     return next((tokens for tokens, loss in points if loss is not None and loss <= target), math.inf)
 
 
+def refresh_every(steps: int) -> int:
+    """Return the steps between two refreshes of a projection: the papers' 200, or ten refreshes a run."""
+    return min(200, math.ceil(steps / 10))
+
+
 def turn_order(pairs: int) -> list[bool]:
     """Return who goes first in each pair, alternately: whether it is the contestant."""
     return [pair % 2 == 0 for pair in range(pairs)]

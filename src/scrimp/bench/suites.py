@@ -15,6 +15,7 @@ from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
 
 REFERENCE = "adamw"
+NO_LIMIT = "1024TiB"  # of memory: a recipe that states it is fitted to nothing
 STATED: Mapping[str, Any] = {
     "weights.name": "dense",
     "tune.name": "full",

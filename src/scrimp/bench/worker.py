@@ -25,6 +25,7 @@ from scrimp.base.errors import ScrimpError
 from scrimp.base.platform import passive_openmp
 from scrimp.bench import peers
 from scrimp.bench.protocol import thinned
+from scrimp.bench.suites import NO_LIMIT
 from scrimp.bench.tasks import ANSWER, Place, Task
 from scrimp.build import Inputs, inspect
 from scrimp.recipe import flat, nest, parse
@@ -158,7 +159,7 @@ def _fitted(task: Task, device: torch.device) -> tuple[Prepared, Recipe, int]:
     try:
         prepared, _, resolved = plan(_inspect(task, half), LineReporter())
     except ScrimpError:
-        one = {"memory": "1024TiB", "micro_batch": task.recipe.get("micro_batch", 1)}
+        one = {"memory": NO_LIMIT, "micro_batch": task.recipe.get("micro_batch", 1)}
         prepared, _, resolved = plan(_inspect(task, one), LineReporter())
     return prepared, resolved.recipe, resolved.ledger.peak.total
 
