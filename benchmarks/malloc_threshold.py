@@ -159,7 +159,7 @@ def _recipe(spec: dict[str, Any]) -> tuple[Any, Any]:
         "model.name": source.name, "batch": rows, "micro_batch": rows, "seq": seq, "precision": precision,
         "device": "cpu", "threads": threads, **more,
     }  # fmt: skip
-    recipe = settle(replace(Recipe(), fields), source, device="cpu", has_bf16=False, context=None)
+    recipe = settle(replace(Recipe(), fields), source, device="cpu", has_bf16=False, model=Dimensions(None, 64))
     return recipe, models.load_config(source, vocab=259)
 
 
@@ -168,13 +168,13 @@ def _steps(recipe: Any, config: Any, steps: int, around: Callable[[Any], Any]) -
     import torch
 
     from scrimp import models
-    from scrimp.build import assemble, make_optimizer
+    from scrimp.assembly import assemble, make_optimizer
     from scrimp.data.loader import MicroBatch
     from scrimp.optim.clipping import clip_gradients
 
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     made = assemble(models.create(config, seed=0, dtype=dtype), recipe)
-    optimizer = make_optimizer(recipe, made.trained.values())
+    optimizer = make_optimizer(recipe, made.model)
     ids = torch.randint(0, 259, (recipe.micro_batch, recipe.seq), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(ids, ids, None, ids.numel())
 

@@ -38,7 +38,7 @@ import transformers
 from _common import say, start
 
 from scrimp import models
-from scrimp.build import assemble, make_optimizer
+from scrimp.assembly import assemble, make_optimizer
 from scrimp.data.loader import MicroBatch
 from scrimp.memory.allocator import allocator_events
 from scrimp.memory.fake import tensors_of
@@ -286,7 +286,7 @@ def _measured(recipe: Recipe, config: Any, *, even: bool) -> int:
     if even:
         _route_evenly(made.model)
     trained = list(made.trained.values())
-    optimizer = make_optimizer(recipe, trained)
+    optimizer = make_optimizer(recipe, made.model)
     ids = torch.randint(0, config.vocab_size, (recipe.batch, recipe.seq))
     batch = [MicroBatch(rows, rows, None, rows.numel()) for rows in ids.split(recipe.micro_batch)]
     loss = functools.partial(made.loss, divisor=float(ids.numel()))

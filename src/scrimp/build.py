@@ -1,27 +1,26 @@
-"""Names into objects: the one place that sees all six choices.
+"""From a recipe to a job: all that the training loop runs.
 
     recipe ──> inspect ──> prepare ──> resolve ──> build ──> Job
 
 `inspect` looks at what the recipe names without importing torch, so that most mistakes are found at
 once. `prepare` tokenises. `resolve` fills every field that was left open, by rules that depend on the
-model, the data and the machine (`scrimp.resolve`). `build` makes the objects that the training loop runs.
+model, the data and the machine (`scrimp.resolve`). `build` puts the pieces together (`scrimp.assembly`).
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from scrimp import data, models
+from scrimp.assembly import assemble, make_optimizer, make_placement, make_updates
 from scrimp.base import extras
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.methods import Choice, piece
 from scrimp.recipe import Recipe, replace
 
 if TYPE_CHECKING:
@@ -30,7 +29,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from scrimp.base.ledger import Ledger
-    from scrimp.base.protocols import Activations, Estimator, Loss, Parametrisation, Placement
+    from scrimp.base.protocols import (
+        Activations,
+        Estimator,
+        Loss,
+        Parametrisation,
+        Placement,
+        Trainable,
+        Updates,
+    )
     from scrimp.data import Corpus, Loader, Sources
 
 Say = Callable[[str, float | None], None]
@@ -83,10 +90,12 @@ class Job:
         device: Where it trains.
         model: The model, on `device`.
         weights: How its matrices are stored.
+        tune: What trains, and when.
         trained: The parameters that train, by name.
         loss: The loss over a micro-batch.
         estimator: Where gradients come from.
         optimizer: How they become steps.
+        updates: Where the optimizer's updates run.
         activations: What the backward pass keeps.
         placement: Where tensors live.
         loader: The training batches.
@@ -99,10 +108,12 @@ class Job:
     device: torch.device
     model: PreTrainedModel
     weights: Parametrisation
+    tune: Trainable
     trained: dict[str, nn.Parameter]
     loss: Loss
     estimator: Estimator
     optimizer: torch.optim.Optimizer
+    updates: Updates
     activations: Activations
     placement: Placement
     loader: Loader
@@ -222,98 +233,30 @@ def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, sa
     import torch
 
     device = torch.device(recipe.device)
-    placement = _builder("placement", recipe)()
+    placement = make_placement(recipe)
     say("building the model", None)
     made = assemble(_make_model(prepared, recipe, empty=empty), recipe, place=placement.place)
     if not empty:  # a checkpoint's model was tried when it was new
         _check_model(made.model, recipe, device)
+    optimizer = make_optimizer(recipe, made.model)
     return Job(
         recipe=recipe,
         prepared=prepared,
         device=device,
         model=made.model,
         weights=made.weights,
+        tune=made.tune,
         trained=made.trained,
         loss=made.loss,
         estimator=made.estimator,
-        optimizer=make_optimizer(recipe, made.trained.values()),
+        optimizer=optimizer,
+        updates=make_updates(recipe, optimizer, made.trained),
         activations=made.activations,
         placement=placement,
         loader=make_loader(prepared, recipe),
         ledger=ledger,
         identity=_identity(made.model),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assembly:
-    """A model with the pieces of a recipe around it, optimizer and data left out.
-
-    The training loop runs it on real tensors, and the planner on fake ones.
-    """
-
-    model: PreTrainedModel
-    weights: Parametrisation
-    trained: dict[str, nn.Parameter]
-    loss: Loss
-    estimator: Estimator
-    activations: Activations
-
-
-def assemble(
-    model: PreTrainedModel, recipe: Recipe, *, place: Callable[[Any, torch.device], Any] | None = None
-) -> Assembly:
-    """Put the pieces of a resolved recipe around a model.
-
-    Args:
-        model: The model as transformers makes it.
-        recipe: The resolved recipe.
-        place: Moves the model to where it trains; None leaves it.
-    """
-    import torch
-
-    weights, tune, activations = (_builder(c, recipe)() for c in ("weights", "tune", "activations"))
-    weights.apply(model)
-    trained = tune.select(model)
-    if place is not None:
-        model = place(model, torch.device(recipe.device))
-    activations.apply(model)
-    forward = cast("nn.Module", torch.compile(model)) if recipe.compile and place is not None else model
-    autocast = torch.bfloat16 if recipe.precision == "bf16-mixed" else None
-    return Assembly(
-        model=model,
-        weights=weights,
-        trained=trained,
-        loss=_builder("loss", recipe)(forward, autocast),
-        estimator=_builder("gradient", recipe)(),
-        activations=activations,
-    )
-
-
-def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the optimizer of a resolved recipe."""
-    settings = recipe.optimizer
-    return cast(
-        "torch.optim.Optimizer",
-        _builder("optimizer", recipe)(
-            parameters,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        ),
-    )
-
-
-def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
-    name = recipe.activations.loss if choice == "loss" else getattr(recipe, choice).name
-    return load_function(piece(choice, name).builder)
-
-
-def load_function(where: str) -> Callable[..., Any]:
-    """Import the function that a table names as `module:function`."""
-    module, _, function = where.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _check_model(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:

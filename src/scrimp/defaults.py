@@ -6,12 +6,14 @@ It imports no torch, so that a plan whose traces are cached is there at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from scrimp.base import platform
 from scrimp.base.errors import ScrimpError
+from scrimp.methods import Choice, options_of, piece
 from scrimp.recipe import Recipe, replace
-from scrimp.shapes import SHAPES
+from scrimp.shapes import SHAPES, Dimensions
 
 if TYPE_CHECKING:
     from scrimp.models import Source
@@ -22,7 +24,7 @@ DEFAULT_SEQ = 512
 DEFAULT_BATCH = 8
 
 
-def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, context: int | None) -> Recipe:
+def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, model: Dimensions) -> Recipe:
     """Fill in where a model starts, its learning rate, sequence, batch, precision, device and threads.
 
     Args:
@@ -30,7 +32,7 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, conte
         source: Where its model comes from.
         device: The type of the device it trains on.
         has_bf16: Whether that device multiplies in bf16.
-        context: The longest sequence the model has positions for; None is no limit.
+        model: Its dimensions.
 
     Raises:
         ScrimpError: The sequence is longer than the model's positions, or Step Law is asked for the rate of
@@ -40,6 +42,7 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, conte
     init = recipe.model.init
     if init == "auto":
         init = "weights" if source.has_weights else "scratch"
+    context = model.context
     seq = recipe.seq or (shape.seq if shape else min(DEFAULT_SEQ, context or DEFAULT_SEQ))
     if context is not None and seq > context:
         raise ScrimpError(
@@ -54,7 +57,8 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, conte
             f"choose a rate, such as --lr {FINE_TUNING_LR:g}, or leave it out"
         )
     if lr is None or lr == "auto":  # the law needs the length too; what memory takes depends on neither
-        lr = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
+        usual = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
+        lr = float(f"{usual * piece('optimizer', recipe.optimizer.name).lr_ratio:.3g}")
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16-mixed" if device == "cuda" and has_bf16 else "fp32"
@@ -68,4 +72,49 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, conte
         "threads": recipe.threads or platform.usable_cores(),
         "compile": bool(recipe.compile),
     }
+    return with_options(replace(recipe, filled), model.width)
+
+
+OPTIONAL: tuple[Choice, ...] = ("weights", "tune", "optimizer")  # whose pieces take options
+
+
+def with_options(recipe: Recipe, width: int) -> Recipe:
+    """Fill in the options of the chosen pieces with each piece's defaults.
+
+    Args:
+        recipe: Its pieces are chosen.
+        width: The model's, a quarter of which is the papers' usual rank.
+    """
+    filled: dict[str, Any] = {}
+    for choice in OPTIONAL:
+        section = getattr(recipe, choice)
+        taken = piece(choice, section.name).options
+        for name in options_of(choice):
+            if name in taken and getattr(section, name) is None:
+                default = taken[name]
+                filled[f"{choice}.{name}"] = (
+                    max(1, width // 4) if (name, default) == ("rank", None) else default
+                )
     return replace(recipe, filled)
+
+
+def choose(recipe: Recipe, chosen: Mapping[str, Any], stated: Mapping[str, Any], width: int) -> Recipe | None:
+    """Return a settled recipe with other pieces and their defaults.
+
+    Args:
+        recipe: The settled recipe.
+        chosen: The pieces' names and other fields, by dotted name.
+        stated: What the user stated; options among it are kept.
+        width: The model's.
+
+    Returns:
+        The recipe; None where a chosen piece does not take an option that was stated.
+    """
+    options = {f"{choice}.{name}" for choice in OPTIONAL for name in options_of(choice)}
+    kept = {name: value for name, value in stated.items() if name in options}
+    bare = replace(recipe, {**dict.fromkeys(options), **chosen})
+    for choice in OPTIONAL:
+        taken = piece(choice, getattr(bare, choice).name).options
+        if any(name.startswith(f"{choice}.") and name.partition(".")[2] not in taken for name in kept):
+            return None
+    return with_options(replace(bare, kept), width)

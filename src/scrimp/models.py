@@ -22,7 +22,7 @@ from scrimp.base.deadline import within
 from scrimp.base.errors import ScrimpError
 from scrimp.base.platform import passive_openmp
 from scrimp.base.suggest import did_you_mean
-from scrimp.shapes import CONTEXT, SHAPES
+from scrimp.shapes import CONTEXT, SHAPES, Dimensions
 
 if TYPE_CHECKING:
     import torch
@@ -309,6 +309,11 @@ def context_length(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     return next((limit for name in names if (limit := getattr(text, name, None))), None)
+
+
+def dimensions(config: PreTrainedConfig) -> Dimensions:
+    """Return what defaults depend on of a model."""
+    return Dimensions(context_length(config), int(config.get_text_config().hidden_size))
 
 
 def non_embedding(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> int:

@@ -27,7 +27,7 @@ from scrimp.memory.predictor import Predictor, divisors
 from scrimp.memory.profiles import Profiles, Say
 from scrimp.memory.untraceable import Untraceable
 from scrimp.methods import piece
-from scrimp.models import context_length, non_embedding
+from scrimp.models import dimensions, non_embedding
 from scrimp.recipe import Recipe, flat, replace
 from scrimp.schedules import in_steps
 from scrimp.shapes import SHAPES
@@ -92,7 +92,7 @@ def resolve(prepared: Prepared, device: torch.device, *, fixed: int | None, say:
         source,
         device=device.type,
         has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        context=context_length(prepared.config),
+        model=dimensions(prepared.config),
     )
     budget = asked.memory or (shape.memory if shape else None) or f"{free_bytes(device) // 2**20}MiB"
     settled = replace(settled, {"memory": budget})

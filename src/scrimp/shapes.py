@@ -14,8 +14,21 @@ loss after 300 steps 2.5 nats a byte instead of 1.7).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 CONTEXT = 2048  # the papers' JSON leaves LlamaConfig's own default in force
+
+
+class Dimensions(NamedTuple):
+    """What defaults depend on of a model.
+
+    Attributes:
+        context: The longest sequence it has positions for; None is no limit.
+        width: Of its residual stream.
+    """
+
+    context: int | None
+    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

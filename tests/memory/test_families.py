@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from scrimp.build import assemble
+from scrimp.assembly import assemble
 from scrimp.data.loader import MicroBatch
 from scrimp.memory.allocator import peak_of
 from scrimp.memory.trace import trace_micro_batch

@@ -6,9 +6,9 @@ missing something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Batch(Protocol):
 
 
 LossFunction = Callable[[Batch], Tensor]
+Probe = Callable[[], Tensor]  # runs the model on some training tokens, and returns their mean loss in nats
 
 
 class Parametrisation(Protocol):
@@ -50,10 +51,28 @@ class Parametrisation(Protocol):
 
 
 class Trainable(Protocol):
-    """`tune`: which parameters train."""
+    """`tune`: which parameters train, and when."""
 
     def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Freeze what does not train, and return the rest by name."""
+        """Freeze what never trains, and return the rest by name, all of it requiring a gradient."""
+
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer, probe: Probe | None = None) -> None:
+        """Wake what trains at a step, put the rest to sleep and free its gradients and optimizer state.
+
+        Called before each step's first forward pass, also the first one after a resume, when the optimizer
+        holds the state that was saved. It may be called twice for a step only while nothing is measured.
+
+        Args:
+            step: 0-based.
+            optimizer: Over the parameters that `select` returned.
+            probe: For schedules that measure the model.
+        """
+
+    def state(self) -> dict[str, list[float]]:
+        """Return what a checkpoint must hold besides the step: what was measured or learnt."""
+
+    def load_state(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Take what `state` returned, after `select`."""
 
 
 class Estimator(Protocol):
@@ -90,3 +109,61 @@ class Placement(Protocol):
 
     def context(self) -> AbstractContextManager[None]:
         """Return a context for the forward and backward pass of one optimizer step."""
+
+
+class RowCodec(Protocol):
+    """How rows of a matrix become codes and back: pure functions, for eager and compiled code alike."""
+
+    def decode(self, entries: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the rows (n, in) in `dtype`."""
+
+    def encode(self, value: Tensor, noise: Tensor | None, start: int = 0) -> dict[str, Tensor]:
+        """Return the entries of rows.
+
+        Args:
+            value: (n, in), float32.
+            noise: A 0-d int64 seed for stochastic rounding; None rounds to nearest.
+            start: Index of the first element in the whole matrix, so that blocks draw what the whole would.
+        """
+
+
+@runtime_checkable
+class QuantizedParameter(Protocol):
+    """A parameter (out, in) that holds its rows as codes, and is updated in blocks of rows.
+
+    To autograd it is a tensor of `dtype`, and has a plain gradient of it. An optimizer asks before anything
+    else, since such a parameter refuses to be changed by torch's own in-place operations.
+    """
+
+    @property
+    def codec(self) -> RowCodec:
+        """How rows become entries."""
+
+    def stored_rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Return the entries of rows `first` to `last` (excluded), as views that may be copied into."""
+
+    def dequantize_rows(self, first: int, last: int) -> Tensor:
+        """Return rows `first` to `last` (excluded), (last - first, in) float32."""
+
+    def requantize_rows_(self, first: int, last: int, value: Tensor, noise: Tensor) -> None:
+        """Store rows with fresh scales, rounded stochastically: the expectation is `value`.
+
+        Args:
+            first: The first row.
+            last: The row after the last.
+            value: (last - first, in), float32.
+            noise: A 0-d int64 seed, one for a whole matrix: its blocks draw what the whole would.
+        """
+
+
+class Updates(Protocol):
+    """When the optimizer's updates run: at the end of the step, or inside the backward pass."""
+
+    def clip(self) -> Tensor:
+        """Clip what waits for its update, and return the global gradient norm, a scalar on its device."""
+
+    def apply(self) -> None:
+        """Run what updates are left."""
+
+    def discard(self) -> None:
+        """Leave what updates are left out."""

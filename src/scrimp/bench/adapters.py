@@ -97,7 +97,12 @@ def groups(
 
 def plain_groups(job: Job, *, factor: float = 1.0) -> Groups:
     """Return the job's parameters in two groups, with the recipe's weight decay times `factor`."""
-    return groups(job.trained.values(), decay=job.recipe.optimizer.weight_decay * factor)
+    return groups(job.trained.values(), decay=weight_decay(job) * factor)
+
+
+def weight_decay(job: Job) -> float:
+    """Return the recipe's weight decay; 0 where its optimizer has none."""
+    return job.recipe.optimizer.weight_decay or 0.0
 
 
 def adam_settings(job: Job) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def torch_muon(job: Job, settings: Settings) -> dict[str, Any]:
     inner = list(inner_matrices(job).values())
     taken = {id(p) for p in inner}
     rest = [p for p in job.trained.values() if id(p) not in taken]
-    decay = job.recipe.optimizer.weight_decay
+    decay = weight_decay(job)
     muon = torch.optim.Muon(inner, lr=rate(job), weight_decay=decay, **settings)
     adamw = torch.optim.AdamW(groups(rest, decay=decay), lr=rate(job), **adam_settings(job))
     job.optimizer = Joined(muon, adamw)
@@ -173,7 +178,7 @@ def adam_mini(job: Job, settings: Settings) -> dict[str, Any]:
     job.optimizer = load("adam_mini", "adam-mini").Adam_mini(
         list(job.trained.items()),
         lr=rate(job),
-        weight_decay=job.recipe.optimizer.weight_decay,
+        weight_decay=weight_decay(job),
         n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         verbose=False,
         **used,

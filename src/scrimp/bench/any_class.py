@@ -21,6 +21,7 @@ from scrimp.bench.adapters import (
     plain_groups,
     rate,
     update_gap,
+    weight_decay,
     width,
 )
 from scrimp.build import Job
@@ -90,7 +91,7 @@ def _groups(job: Job, package: str, title: str) -> tuple[Groups, dict[str, Any]]
     }
     used = {"use_muon": True} if title in ORTHOGONAL else projected
     inner = {"params": list(inner_matrices(job).values()), **used}
-    made = groups(job.trained.values(), decay=job.recipe.optimizer.weight_decay, inner=inner)
+    made = groups(job.trained.values(), decay=weight_decay(job), inner=inner)
     return [{"use_muon": False, **group} for group in made] if title in ORTHOGONAL else made, used
 
 

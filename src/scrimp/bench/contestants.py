@@ -125,6 +125,7 @@ def _planned(name: str) -> Contestant:
 
 def _ours(name: str, method: Method, others: Sequence[str]) -> Contestant:
     recipe: dict[str, Any] = {_field(choice): value for choice, value in method.pieces.items()}
+    recipe |= method.settings
     for other in others:
         field_, value = _piece(other)
         recipe[field_] = value

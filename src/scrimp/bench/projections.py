@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from scrimp.assembly import make_optimizer
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Batch, LossFunction
 from scrimp.base.seeds import derive
@@ -27,9 +28,10 @@ from scrimp.bench.adapters import (
     plain_groups,
     rate,
     update_gap,
+    weight_decay,
     width,
 )
-from scrimp.build import Job, make_optimizer
+from scrimp.build import Job
 
 
 def _projected(job: Job, settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -37,7 +39,7 @@ def _projected(job: Job, settings: Settings) -> tuple[list[dict[str, Any]], dict
     rank = width(job) // 4 if settings["rank"] == "width/4" else settings["rank"]
     used = {**settings, "rank": rank, "update_proj_gap": update_gap(job)}
     inner = {"params": list(inner_matrices(job).values()), **used}
-    decay = job.recipe.optimizer.weight_decay
+    decay = weight_decay(job)
     return groups(job.trained.values(), decay=decay, inner=inner), used
 
 
@@ -176,7 +178,7 @@ def adalomo(job: Job, settings: Settings) -> dict[str, Any]:
         def step(self, closure: None = None) -> None:
             return None
 
-    job.optimizer = Done(job.model, lr=rate(job), weight_decay=job.recipe.optimizer.weight_decay, **settings)
+    job.optimizer = Done(job.model, lr=rate(job), weight_decay=weight_decay(job), **settings)
     job.estimator = FusedBackward(job.optimizer)
     return dict(settings)
 
@@ -189,5 +191,5 @@ def peft_lora(job: Job, settings: Settings) -> dict[str, Any]:
         torch.manual_seed(derive(job.recipe.seed, "lora"))
         inject_adapter_in_model(LoraConfig(**settings), job.model)
     job.trained = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
-    job.optimizer = make_optimizer(job.recipe, job.trained.values())
+    job.optimizer = make_optimizer(job.recipe, job.model)
     return {**settings, "trained": sum(p.numel() for p in job.trained.values())}

@@ -129,7 +129,8 @@ def run_trainer(job: Job, *, after_step: Callable[[int, float], None], evaluate:
 def _arguments(job: Job, folder: str) -> TrainingArguments:
     recipe, optimizer = job.recipe, job.recipe.optimizer
     assert recipe.batch is not None and recipe.micro_batch is not None and recipe.steps is not None
-    assert isinstance(optimizer.lr, float)
+    assert isinstance(optimizer.lr, float) and optimizer.betas is not None
+    assert optimizer.eps is not None and optimizer.weight_decay is not None
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=recipe.steps,

@@ -17,6 +17,7 @@ from scrimp.recipe import fields
 SHORT = {
     "model.name": "--model",
     "data.path": "--data",
+    "weights.name": "--weights",
     "tune.name": "--tune",
     "optimizer.name": "--optimizer",
     "optimizer.lr": "--lr",

@@ -83,8 +83,11 @@ def _moments(parts: Parts, recipe: Recipe) -> Iterator[Moment]:
     yield from _micro_batch(parts.step.first, rows, always, ", micro-batch 1" if several else "")
     if several:
         yield from _micro_batch(parts.step.later, rows, always, ", micro-batch 2")
+    # Inside the backward pass of a single micro-batch the gradients have gone by then.
+    gone = recipe.optimizer.fused_backward and not several and not recipe.clip
     yield Moment(
-        "optimizer step", {**always, "gradients": size.gradients, "temporaries": optimizer.temporaries}
+        "optimizer step",
+        {**always, "gradients": 0 if gone else size.gradients, "temporaries": optimizer.temporaries},
     )
     yield _moment("evaluation", parts.evaluation.lines, rows, always)
     yield Moment("save", always, _saved(parts, recipe, on_gpu=on_gpu))

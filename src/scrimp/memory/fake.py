@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from scrimp.memory.state_bytes import plain
+
 aten = torch.ops.aten
 
 Routing = Literal["balanced", "one"]
@@ -120,14 +122,19 @@ def _is_inside(filename: str) -> bool:
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace every tensor of a model on `meta` by a fake CPU tensor, in place."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
 
-    def replaced(tensor: Tensor) -> Tensor:
+    def replaced(tensor: Any) -> Any:
         if id(tensor) not in memo:
-            with mode:
-                fake: Tensor = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
-                )
+            if hasattr(tensor, "__tensor_flatten__"):  # a subclass, made of other tensors
+                names, context = tensor.__tensor_flatten__()
+                parts = {name: replaced(getattr(tensor, name)) for name in names}
+                fake = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+            else:
+                with mode:
+                    fake = torch.empty_strided(
+                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                    )
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = fake
@@ -165,6 +172,7 @@ def _not_packed(position_ids: Tensor) -> None:
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Return a model's parameters and buffers, and what else it keeps as attributes."""
-    plain: list[Any] = [value for module in model.modules() for value in vars(module).values()]
-    return [*model.parameters(), *model.buffers(), *(t for t in plain if isinstance(t, Tensor))]
+    """Return a model's parameters and buffers, and what else it keeps as attributes, as plain tensors."""
+    values: list[Any] = [value for module in model.modules() for value in vars(module).values()]
+    found = [*model.parameters(), *model.buffers(), *(t for t in values if isinstance(t, Tensor))]
+    return [part for tensor in found for part in plain(tensor)]

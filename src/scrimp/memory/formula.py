@@ -95,7 +95,7 @@ def estimate(config: Any, recipe: Recipe, *, fixed: int, reason: str) -> Ledger:
     always: dict[Term, int] = {
         "fixed": fixed,
         "weights": width * parameters,
-        "optimizer state": 2 * width * parameters,
+        "optimizer state": 8 * parameters,
     }
     # With several micro-batches the gradients of the ones before are alive during the next loss.
     loss: dict[Term, int] = {

@@ -141,7 +141,7 @@ def _fits(planner: Planner, recipe: Recipe) -> bool:
 
 
 def _longest(planner: Planner) -> int:
-    return planner.predictor.profiles.context() or LONGEST_SEQ
+    return planner.predictor.profiles.dimensions().context or LONGEST_SEQ
 
 
 def _largest(fits: Callable[[int], bool], high: int) -> int:

@@ -17,13 +17,14 @@ from typing import Literal
 
 from scrimp.base.ledger import Ledger, Place
 from scrimp.base.units import format_bytes
+from scrimp.defaults import choose
 from scrimp.memory.machine import Machine
 from scrimp.memory.predictor import Predictor, divisors, needed, prepare
 from scrimp.memory.profile import ModelSize
 from scrimp.memory.profiles import Say
 from scrimp.memory.untraceable import Untraceable
 from scrimp.methods import METHODS, PIECES, Choice, piece
-from scrimp.recipe import Recipe, flat, replace
+from scrimp.recipe import Recipe, flat
 
 Goal = Literal["pretrain", "finetune"]
 FIELDS: dict[Choice, str] = {
@@ -37,10 +38,10 @@ FIELDS: dict[Choice, str] = {
 }
 FREE: tuple[Choice, ...] = ("activations", "loss")  # what any method can be combined with
 PURE_BF16 = (
-    "weights stagnate: an update below 1/256 of a weight rounds away in bf16 "
-    "(pytorch/torchtune#2254, pytorch/pytorch#120376)"
+    "weights of 16 bits: an update below 1/256 of a weight survives in the mean alone, by stochastic "
+    "rounding (Zamirai et al., 2020, arXiv 2010.06192)"
 )
-PURE_BF16_RANK = 5
+PURE_BF16_RANK = 2
 # What a usual machine computes while it moves a byte: only the order of the candidates depends on it.
 OPERATIONS_PER_BYTE = {"cpu": 10, "cuda": 100, "mps": 30}
 Question = Literal["batch", "seq", "model"]
@@ -208,18 +209,15 @@ class Planner:
         precisions = [self.settled.precision]
         if "precision" not in stated or self.asked.precision == "auto":
             precisions = list(dict.fromkeys([self.settled.precision, "bf16"]))
-        seen = set()
-        for method in METHODS:
-            free = {c: _open(c, stated) for c in FREE if c not in method.pieces}
-            fixed = {FIELDS[c]: name for c, name in method.pieces.items()}
-            if any(stated.get(name, value) != value for name, value in fixed.items()):
-                continue
-            for precision, *names in itertools.product(precisions, *free.values()):
-                chosen = {FIELDS[c]: name for c, name in zip(free, names, strict=True)}
-                recipe = replace(self.settled, {**fixed, **chosen, "precision": precision})
-                if recipe not in seen:
-                    seen.add(recipe)
-                    yield method.name, recipe
+        seen, width = set(), self.predictor.profiles.dimensions().width
+        name, fixed = _chosen(stated)
+        free = [choice for choice in FREE if FIELDS[choice] not in fixed]
+        for precision, *names in itertools.product(precisions, *(_open(c, stated) for c in free)):
+            chosen = {FIELDS[c]: value for c, value in zip(free, names, strict=True)}
+            recipe = choose(self.settled, {**fixed, **chosen, "precision": precision}, stated, width)
+            if recipe is not None and recipe not in seen:
+                seen.add(recipe)
+                yield name, recipe
 
     def _candidate(self, method: str, recipe: Recipe, sizes: Sequence[int]) -> Candidate:
         assert recipe.batch is not None
@@ -331,6 +329,16 @@ def _batch(recipe: Recipe) -> int:
 def claim(sentence: str) -> str:
     """Return what a sentence claims, without its evidence."""
     return sentence.partition(": ")[0].partition(" (")[0]
+
+
+def _chosen(stated: Mapping[str, object]) -> tuple[str, dict[str, str]]:
+    """Return the method that was stated, by name and fields; where none was, the first of the catalogue."""
+    found = [m for m in METHODS if all(stated.get(FIELDS[c]) == name for c, name in m.pieces.items())]
+    if found:
+        return " + ".join(method.name for method in found), {}
+    default = METHODS[0]
+    fixed = {FIELDS[choice]: name for choice, name in default.pieces.items()}
+    return default.name, {field: name for field, name in fixed.items() if field not in stated}
 
 
 def _open(choice: Choice, stated: dict[str, object]) -> list[str]:

@@ -137,7 +137,7 @@ def prepare(
     device = machine.device if recipe.device == "auto" else recipe.device
     # Of a device that is not here, the best is assumed: any GPU of the last years multiplies in bf16.
     has_bf16 = machine.has_bf16 if device == machine.device else device == "cuda"
-    settled = settle(recipe, source, device=device, has_bf16=has_bf16, context=profiles.context())
+    settled = settle(recipe, source, device=device, has_bf16=has_bf16, model=profiles.dimensions())
     return Predictor(profiles=profiles, fixed=machine.fixed_bytes(settled)), settled
 
 

@@ -31,8 +31,8 @@ from scrimp.memory.profile import (
     step_profile,
 )
 from scrimp.memory.untraceable import Untraceable
-from scrimp.recipe import Recipe, flat
-from scrimp.shapes import SHAPES
+from scrimp.recipe import Recipe, flat, replace
+from scrimp.shapes import CONTEXT, SHAPES, Dimensions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -100,7 +100,12 @@ class Profiles:
         Raises:
             Untraceable: A step of it cannot be simulated.
         """
-        key = f"step {_key(recipe, *_STEP_FIELDS)}"
+        fields: tuple[str, ...] = _STEP_FIELDS
+        if recipe.optimizer.fused_backward and recipe.batch == recipe.micro_batch:
+            fields = (*fields, "optimizer.", "clip")
+        else:  # with several micro-batches, updates come after the last one's gradients
+            recipe = replace(recipe, {"optimizer.fused_backward": False})
+        key = f"step {_key(recipe, *fields, without='optimizer.lr')}"
         return step_profile(self._for_rows(key, rows, lambda tracer: tracer.step(recipe, rows)))
 
     def evaluation(self, recipe: Recipe, rows: int) -> EvaluationProfile:
@@ -121,14 +126,12 @@ class Profiles:
         key = f"optimizer {_key(recipe, *_MODEL_FIELDS, 'optimizer.', 'precision', without='optimizer.lr')}"
         return OptimizerProfile(**self._get(key, lambda tracer: tracer.optimizer(recipe)))
 
-    def context(self) -> int | None:
-        """Return the longest sequence that the model has positions for; None is no limit."""
+    def dimensions(self) -> Dimensions:
+        """Return the model's dimensions."""
         if self.source.kind == "shape":
-            from scrimp.shapes import CONTEXT
-
-            return CONTEXT
-        found: int | None = self._get("context", lambda tracer: tracer.context())["tokens"]
-        return found
+            return Dimensions(CONTEXT, SHAPES[self.source.name].hidden)
+        found = self._get("dimensions", lambda tracer: tracer.dimensions())
+        return Dimensions(found["context"], found["width"])
 
     def save(self) -> None:
         """Write what was traced into the cache; a cache that cannot be written is no loss."""

@@ -8,16 +8,18 @@ traces of two and of three rows (where a single row holds something else, it is 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from scrimp import models
 from scrimp.activations.linear_cross_entropy import chunk_tokens
+from scrimp.assembly import make_optimizer
 from scrimp.base.errors import ScrimpError
-from scrimp.build import make_optimizer
 from scrimp.memory.extrapolate import NotAligned, Points, deepen, lines_of, points_of
 from scrimp.memory.fake import simulation, tensors_of
 from scrimp.memory.observer import storage_bytes
@@ -30,9 +32,10 @@ from scrimp.memory.profile import (
     StepProfile,
     highest,
 )
+from scrimp.memory.state_bytes import state_tensors
 from scrimp.memory.trace import Curve, fake_assembly, trace_micro_batch, tracker_for
 from scrimp.memory.untraceable import Untraceable
-from scrimp.optim.clipping import clip_gradients
+from scrimp.optim.optimizer import Optimizer
 from scrimp.recipe import Recipe, replace
 
 if TYPE_CHECKING:
@@ -64,9 +67,9 @@ class Tracer:
         self._alike: dict[tuple[str, int | None], bool] = {}
         self._traced: dict[tuple[str, int, bool], Found] = {}
 
-    def context(self) -> dict[str, int | None]:
-        """Return the longest sequence the model has positions for."""
-        return {"tokens": models.context_length(self._config)}
+    def dimensions(self) -> dict[str, int | None]:
+        """Return what defaults depend on of the model."""
+        return models.dimensions(self._config)._asdict()
 
     def size(self, recipe: Recipe) -> ModelSize:
         """Count the tensors that stay."""
@@ -78,12 +81,13 @@ class Tracer:
     def _size(self, recipe: Recipe) -> ModelSize:
         with _explained(), simulation() as mode:
             made = fake_assembly(recipe, self._config, mode)
+            made.tune.before_step(0, make_optimizer(recipe, made.model))
             sizes = [p.numel() * p.itemsize for p in made.model.parameters()]
             return ModelSize(
                 parameters=sum(p.numel() for p in made.model.parameters()),
                 layers=self._layers,
                 weights=storage_bytes(tensors_of(made.model)),
-                gradients=sum(p.numel() * p.itemsize for p in made.trained.values()),
+                gradients=sum(p.numel() * p.itemsize for p in made.trained.values() if p.requires_grad),
                 largest=max(sizes),
             )
 
@@ -124,27 +128,26 @@ class Tracer:
         return self._alike[key]
 
     def optimizer(self, recipe: Recipe) -> OptimizerProfile:
-        """Trace two steps of the optimizer over the model's parameters."""
+        """Trace two updates of every kind of parameter: they know nothing of each other."""
         with _explained(), simulation() as mode:
             made = fake_assembly(recipe, self._config, mode)
-            trained = list(made.trained.values())
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-            gradients = [p.grad for p in trained if p.grad is not None]
-            tracker = tracker_for(recipe, [*tensors_of(made.model), *gradients])
-            with tracker:
-                optimizer = make_optimizer(recipe, trained)
-                for _ in range(2):
-                    clip_gradients(trained, 1.0)
-                    optimizer.step()
-                record = tracker.record
-            alive = _alive(record)
-            peak, state = max(alive), alive[-1]
+            optimizer = make_optimizer(recipe, made.model)
+            made.tune.before_step(0, optimizer)
+            groups = [
+                (p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+            ]
+            kinds: dict[Any, list[tuple[nn.Parameter, dict[str, Any]]]] = defaultdict(list)
+            for p, group in groups:
+                kinds[optimizer.plan_of(p).kind(), group["weight_decay"], p.dtype].append((p, group))
+            traced = [
+                (len(alike), _trace_updates(recipe, made.model, optimizer, *alike[0]))
+                for alike in kinds.values()
+            ]
             return OptimizerProfile(
-                state=state,
-                temporaries=peak - state,
-                flops=record.work.flops // 2,
-                moved=record.work.moved // 2,
+                state=sum(optimizer.plan_of(p).state_bytes() for p, _ in groups),
+                temporaries=max((found.temporaries for _, found in traced), default=0),
+                flops=sum(count * found.flops for count, found in traced),
+                moved=sum(count * found.moved for count, found in traced),
             )
 
     def _step(self, recipe: Recipe, rows: int, more: int | None, least: int) -> StepProfile:
@@ -183,7 +186,8 @@ class Tracer:
                 curve.answers += _bound(curve, one)
             return curve
 
-        depths = _depths(self._config, self._layers)
+        # What trains is chosen among the layers there are, so a model that sleeps in part is traced whole.
+        depths = _depths(self._config, self._layers) if recipe.tune.name == "full" else None
         if depths is not None:
             with suppress(NotAligned, Unresizable):
                 curves = [trace(_with_layers(self._config, depth)) for depth in depths]
@@ -194,6 +198,25 @@ class Tracer:
                 return points, (a, b, c), curves[1].answers
         curve = trace(self._config)
         return points_of(curve), _costs(curve), curve.answers
+
+
+def _trace_updates(
+    recipe: Recipe, model: nn.Module, optimizer: Optimizer, p: nn.Parameter, group: dict[str, Any]
+) -> OptimizerProfile:
+    """Trace two updates of one parameter, the first of which begins its state and chooses its subspace."""
+    grad = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)  # plain, whatever p is
+    optimizer.begin(p)
+    tracker = tracker_for(recipe, [*tensors_of(model), grad, *state_tensors(optimizer)])
+    with tracker:
+        for _ in range(2):
+            optimizer.update(p, grad, group)
+        record = tracker.record
+    return OptimizerProfile(
+        state=0,
+        temporaries=max(_alive(record)),
+        flops=record.work.flops // 2,
+        moved=record.work.moved // 2,
+    )
 
 
 def tokens_at_once(recipe: Recipe, config: Any) -> int:

@@ -31,24 +31,25 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         optimizer: Its parameters are those of its `param_groups`.
     """
     parameters = {
-        _key(plain) for group in optimizer.param_groups for p in group["params"] for plain in _plain(p)
+        _key(part) for group in optimizer.param_groups for p in group["params"] for part in plain(p)
     }
-    held = {_key(plain): plain for tensor in _tensors(optimizer) for plain in _plain(tensor)}
+    held = {_key(part): part for tensor in _tensors(optimizer) for part in plain(tensor)}
     return [tensor for key, tensor in held.items() if key not in parameters]
 
 
-def _key(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def _key(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata  # of the storage's own record: fake ones have no data
+    return address
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the ordinary tensors that a tensor is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
     for name in names:
-        yield from _plain(getattr(tensor, name))
+        yield from plain(getattr(tensor, name))
 
 
 def _tensors(root: object) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scrimp.build import Assembly, assemble
+from scrimp.assembly import Assembly, assemble, make_optimizer
 from scrimp.data.loader import MicroBatch
 from scrimp.memory.fake import Routing, simulation, tensors_of, to_fake
+from scrimp.memory.state_bytes import state_tensors
 from scrimp.memory.tracker import Record, Tracker
 from scrimp.memory.work import Work
+from scrimp.optim.optimizer import Optimizer
 from scrimp.recipe import Recipe
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
@@ -109,15 +111,30 @@ def trace_micro_batch(
     """
     with simulation(routing) as mode:
         made = fake_assembly(recipe, config, mode)
+        optimizer = make_optimizer(recipe, made.model) if training else None
+        if optimizer is not None:
+            _begin(recipe, made, optimizer)
         assert recipe.seq is not None
         ids = torch.zeros((rows, recipe.seq), dtype=torch.int64)
         batch = MicroBatch(ids, ids, None, ids.numel())
-        tracker = tracker_for(recipe, [*tensors_of(made.model), ids])
+        state = [] if optimizer is None else state_tensors(optimizer)
+        tracker = tracker_for(recipe, [*tensors_of(made.model), *state, ids])
         with tracker:
             tracker.calibrate()
             curve = _train(made, batch, tracker) if training else _evaluate(made, batch, tracker)
         curve.answers = tuple(mode.answers)
         return curve
+
+
+def _begin(recipe: Recipe, made: Assembly, optimizer: Optimizer) -> None:
+    """Put to sleep what does not train in the first step, and set updates inside the backward pass up."""
+    made.tune.before_step(0, optimizer)
+    if not recipe.optimizer.fused_backward:
+        return
+    for parameter in made.trained.values():
+        if parameter.requires_grad:
+            optimizer.begin(parameter)
+    optimizer.fuse_backward(clip=recipe.clip)
 
 
 def tracker_for(recipe: Recipe, existing: Iterable[Tensor]) -> Tracker:
@@ -140,31 +157,29 @@ def fake_assembly(recipe: Recipe, config: Any, mode: Any) -> Assembly:
         model = models.create_empty(config, dtype=dtype, trust_remote_code=True)
         made = assemble(model, recipe)
     to_fake(model, mode)
-    parameters = dict(model.named_parameters())
-    for name in list(made.trained):
-        made.trained[name] = parameters[name]
+    # The parameters are others now.
+    made.trained.update(made.tune.select(model))
     return made
 
 
 def _train(made: Assembly, batch: MicroBatch, tracker: Tracker) -> Curve:
-    accumulated: dict[int, int] = {}
+    gradients: dict[int, int] = {}
 
     def done(parameter: nn.Parameter) -> None:
-        accumulated[id(parameter)] = tracker.point
-
-    handles = [p.register_post_accumulate_grad_hook(done) for p in made.trained.values()]
-    made.model.train()
-
-    loss = ending(functools.partial(made.loss, divisor=1.0), tracker.forward_ended)
-    with marking(made.model, tracker.mark), made.activations.context():
-        made.estimator.step(loss, [batch])
-    for handle in handles:
-        handle.remove()
-    kept: dict[int, int] = {}
-    for parameter in made.trained.values():
         if parameter.grad is not None and (index := tracker.index_of(parameter.grad)) is not None:
-            kept[index] = accumulated.get(id(parameter), tracker.point)
-    return curve_of(tracker.record, kept)
+            gradients[index] = tracker.point
+
+    made.model.train()
+    loss = ending(functools.partial(made.loss, divisor=1.0), tracker.forward_ended)
+    with ExitStack() as stack:
+        for parameter in made.trained.values():
+            if parameter.requires_grad:
+                # Before the hooks that update inside the backward pass, and free what is counted here.
+                stack.callback(parameter.register_post_accumulate_grad_hook(done).remove)
+        stack.enter_context(marking(made.model, tracker.mark))
+        stack.enter_context(made.activations.context())
+        made.estimator.step(loss, [batch])
+    return curve_of(tracker.record, gradients)
 
 
 def _evaluate(made: Assembly, batch: MicroBatch, tracker: Tracker) -> Curve:

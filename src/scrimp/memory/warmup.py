@@ -42,8 +42,9 @@ def tiny_step(precision: str, device: str) -> Callable[[], None]:
     from transformers import LlamaConfig
 
     from scrimp import models
-    from scrimp.build import assemble, make_optimizer
+    from scrimp.assembly import assemble, make_optimizer
     from scrimp.data.loader import MicroBatch
+    from scrimp.defaults import with_options
     from scrimp.optim.clipping import clip_gradients
 
     config = LlamaConfig(
@@ -54,7 +55,7 @@ def tiny_step(precision: str, device: str) -> Callable[[], None]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = models.create(config, seed=0, dtype=dtype)
     made = assemble(model, recipe, place=lambda model, device: model.to(device))
-    optimizer = make_optimizer(recipe, made.trained.values())
+    optimizer = make_optimizer(with_options(recipe, width=64), made.model)
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.int64, device=device)
     batch = MicroBatch(ids, ids, None, ids.numel())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,3 +31,29 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     if limit > 0 and not is_short:
         torch.nn.utils.clip_grads_with_norm_(given, limit, norm)
     return norm
+
+
+@dataclass(frozen=True, slots=True)
+class AtStep:
+    """Updates at the end of the step, all at once.
+
+    Attributes:
+        optimizer: Whose.
+        parameters: Whose gradients count for the norm.
+        limit: The largest global norm; 0 does not clip.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameters: Sequence[nn.Parameter]
+    limit: float
+
+    def clip(self) -> Tensor:
+        """Clip the gradients, and return their norm before."""
+        return clip_gradients(self.parameters, self.limit)
+
+    def apply(self) -> None:
+        """Update every parameter that has a gradient."""
+        self.optimizer.step()
+
+    def discard(self) -> None:
+        """Do nothing: the gradients go with the next step."""

@@ -2,7 +2,7 @@
 
 It knows the six protocols of `scrimp.base.protocols` and no method. One optimizer step:
 
-    micro-batches ──> estimator (loss / targets of the whole step) ──> clip ──> optimizer
+    micro-batches ──> estimator (loss / targets of the whole step) ──> clip ──> updates
 
 On a GPU a step's loss and gradient norm stay there while the next step is queued, and are read after
 it (`_Pending`), so that it never waits for the host. Whatever must know them at once (evaluation, a
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import Interrupted, ScrimpError
+from scrimp.base.protocols import Batch
 from scrimp.base.seeds import derive
 from scrimp.base.units import parse_bytes
 from scrimp.build import Job
-from scrimp.optim.clipping import clip_gradients
 from scrimp.schedules import learning_rate
 from scrimp.training import checkpoint
 from scrimp.training.budget import over_budget
@@ -123,17 +123,19 @@ class Loop:
         targets = sum(micro.targets for micro in batch)
         lr = self._set_learning_rate(step)
         self._seed(derive(recipe.seed, "step", step))
+        job.tune.before_step(step, job.optimizer, functools.partial(self._probe, batch[0]))
         loss_function = functools.partial(job.loss, divisor=max(1, targets))
         with self.watch.step(batch):
             with job.activations.context(), job.placement.context():
                 loss = job.estimator.step(self.watch.loss(loss_function), batch)
             self.watch.before_update()
-            norm = clip_gradients(job.trained.values(), recipe.clip)
+            norm = job.updates.clip()
             # Only this policy waits for the device: it must know before the update.
             if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
                 self.progress.skipped += 1
+                job.updates.discard()
             else:
-                job.optimizer.step()
+                job.updates.apply()
             job.optimizer.zero_grad(set_to_none=True)
         self._read_pending()
         self.progress.step = step + 1
@@ -141,6 +143,10 @@ class Loop:
         self._pending = _Pending(loss, norm, lr, self.progress.tokens, targets, step + 1)
         if job.device.type == "cpu":
             self._read_pending()
+
+    def _probe(self, micro: Batch) -> Tensor:
+        """Return the mean loss over a micro-batch, for schedules that measure the model."""
+        return self.job.loss(micro, divisor=max(1, micro.targets))
 
     def _seed(self, seed: int) -> None:
         """Seed what a step may draw from (`torch.manual_seed` takes 400 microseconds for all devices)."""
@@ -258,6 +264,7 @@ class Loop:
             "progress": progress.to_plain(),
             "metrics_bytes": self.metrics.synced_length(),
             "scheduled": scheduled,
+            "tune": job.tune.state(),
             "optimizer": optimizer_numbers(job.optimizer, job.trained.items()),
         }
         with self.watch.during("save"):

@@ -150,8 +150,8 @@ def plan(
         )
     if recipe.precision == "bf16":
         reporter.note(
-            "precision bf16: weights stagnate, since an update smaller than about 1/256 of a weight rounds "
-            "away; --precision bf16-mixed keeps fp32 weights"
+            "precision bf16: weights of 16 bits, which stochastic rounding moves in the mean alone; "
+            "--precision bf16-mixed keeps fp32 weights"
         )
     return prepared, device, resolved
 
@@ -213,6 +213,7 @@ def restore(job: Job, found: checkpoint.Found, reporter: Reporter) -> Point:
     state = checkpoint.read_state(found.path)
     checkpoint.read_model_into(found.path, job.model.state_dict())
     load_optimizer(found.path / checkpoint.OPTIMIZER, job.optimizer, job.trained.items(), state["optimizer"])
+    job.tune.load_state(state.get("tune", {}))
     progress = Progress.from_plain(state["progress"])
     reporter.note(f"going on after step {progress.step} of {job.recipe.steps}")
     return Point(progress, state["metrics_bytes"], state["scheduled"])

@@ -1,0 +1,122 @@
+"""Names into objects: the one place that sees all six choices.
+
+The training loop runs what is put together here on real tensors, and the planner on fake ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from scrimp.base.seeds import derive
+from scrimp.methods import Choice, piece
+from scrimp.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from scrimp.base.protocols import (
+        Activations,
+        Estimator,
+        Loss,
+        Parametrisation,
+        Placement,
+        Trainable,
+        Updates,
+    )
+    from scrimp.optim.optimizer import Optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """A model with the pieces of a recipe around it, optimizer and data left out."""
+
+    model: PreTrainedModel
+    weights: Parametrisation
+    tune: Trainable
+    trained: dict[str, nn.Parameter]
+    loss: Loss
+    estimator: Estimator
+    activations: Activations
+
+
+def assemble(
+    model: PreTrainedModel, recipe: Recipe, *, place: Callable[[Any, torch.device], Any] | None = None
+) -> Assembly:
+    """Put the pieces of a resolved recipe around a model.
+
+    Args:
+        model: The model as transformers makes it.
+        recipe: The resolved recipe.
+        place: Moves the model to where it trains; None leaves it.
+    """
+    import torch
+
+    weights = _builder("weights", recipe)(**_options("weights", recipe))
+    seed = {"seed": derive(recipe.seed, "tune")} if piece("tune", recipe.tune.name).options else {}
+    tune = _builder("tune", recipe)(**_options("tune", recipe), **seed)
+    activations = _builder("activations", recipe)()
+    weights.apply(model)
+    trained = tune.select(model)
+    if place is not None:
+        model = place(model, torch.device(recipe.device))
+    activations.apply(model)
+    forward = cast("nn.Module", torch.compile(model)) if recipe.compile and place is not None else model
+    autocast = torch.bfloat16 if recipe.precision == "bf16-mixed" else None
+    return Assembly(
+        model=model,
+        weights=weights,
+        tune=tune,
+        trained=trained,
+        loss=_builder("loss", recipe)(forward, autocast),
+        estimator=_builder("gradient", recipe)(),
+        activations=activations,
+    )
+
+
+def make_placement(recipe: Recipe) -> Placement:
+    """Make the placement of a recipe."""
+    return cast("Placement", _builder("placement", recipe)())
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """Make the optimizer of a resolved recipe over what trains of a model."""
+    settings, seed = recipe.optimizer, derive(recipe.seed, "optimizer")
+    make = functools.partial(_builder("optimizer", recipe), lr=settings.lr, **_options("optimizer", recipe))
+    return cast("Optimizer", make(model, seed=seed, compile=bool(settings.compile)))
+
+
+def make_updates(recipe: Recipe, optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> Updates:
+    """Decide where updates run: inside the backward pass, or at the end of the step.
+
+    Raises:
+        ScrimpError: Inside the backward pass they could not be exact.
+    """
+    from scrimp.optim.clipping import AtStep
+
+    if not recipe.optimizer.fused_backward:
+        return AtStep(optimizer, tuple(trained.values()), recipe.clip)
+    assert recipe.batch is not None and recipe.micro_batch is not None
+    return optimizer.fuse_backward(micro_batches=recipe.batch // recipe.micro_batch, clip=recipe.clip)
+
+
+def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
+    name = recipe.activations.loss if choice == "loss" else getattr(recipe, choice).name
+    return load_function(piece(choice, name).builder)
+
+
+def _options(choice: Choice, recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a choice's piece as the recipe has them."""
+    section = getattr(recipe, choice)
+    return {name: getattr(section, name) for name in piece(choice, section.name).options}
+
+
+def load_function(where: str) -> Callable[..., Any]:
+    """Import the function that a table names as `module:function`."""
+    module, _, function = where.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]

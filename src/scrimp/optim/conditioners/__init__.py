@@ -1,0 +1,1 @@
+"""Conditioners: what happens to the gradient before the moments see it."""

@@ -1,0 +1,1 @@
+"""Lifts: how a step in the subspace becomes an update of the whole matrix."""

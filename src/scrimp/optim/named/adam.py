@@ -1,0 +1,247 @@
+"""AdamW, its narrow forms, and what steadies it: one rule, many stores and conditioners."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack
+
+from scrimp.optim.conditioners.spike_clip import SpikeClip
+from scrimp.optim.conditioners.stable import StableClip
+from scrimp.optim.named.common import Betas, Common, Pieces, defaulting, named
+from scrimp.optim.optimizer import Optimizer
+from scrimp.optim.pieces import Reset
+from scrimp.optim.rules.adam import Adam
+from scrimp.optim.rules.adam_mini import AdamMini as AdamMiniRule
+
+
+def AdamW(  # noqa: N802 - named as its class elsewhere
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """AdamW: Adam with decoupled weight decay, by torch's fused kernel where moments are fp32 as the weights.
+
+        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+        w = (1 - lr wd) w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Args:
+        params: A model (matrices decay; norms and biases do not), parameters, or groups.
+        lr: Learning rate; a schedule may set it anew for every step.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay, before the update.
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        8 bytes a parameter.
+
+    References:
+        Decoupled Weight Decay Regularization, Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
+    """
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return named(params, lambda _: Pieces(Adam()), options, common)
+
+
+def AdamW8bit(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """AdamW with moments in 8-bit blocks of 256, in a code that is dense near zero.
+
+    Args:
+        params: As in `AdamW`, as are the others.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay.
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        2.03 bytes a parameter; tensors of fewer than 4,096 numbers stay in fp32.
+
+    References:
+        8-bit Optimizers via Block-wise Quantization, Dettmers et al., ICLR 2022, arXiv 2110.02861.
+    """
+    common = defaulting(common, store="8bit")
+    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+
+
+def AdamW4bit(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """AdamW with moments in 4-bit blocks of 128; the second moment's code has no zero.
+
+    Args:
+        params: As in `AdamW`, as are the others.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay.
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        1.06 bytes a parameter; tensors of fewer than 4,096 numbers stay in fp32.
+
+    References:
+        Memory Efficient Optimizers with 4-bit States, Li et al., NeurIPS 2023, arXiv 2309.01507, in the code
+        books and blocks of torchao's AdamW4bit.
+    """
+    common = defaulting(common, store="4bit")
+    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+
+
+def AdamWFP8(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """AdamW with moments in 8-bit floats, each group of 128 stretched to the format's range (COAT).
+
+    Args:
+        params: As in `AdamW`, as are the others.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay.
+        common: See `scrimp.optim.named`; the store "fp8-plain" does not stretch.
+
+    Memory:
+        2.13 bytes a parameter.
+
+    References:
+        COAT, Xi et al., ICLR 2025, arXiv 2410.19313.
+    """
+    common = defaulting(common, store="fp8")
+    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+
+
+def AdamMini(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """Adam-mini: one second moment for each head, row or tensor.
+
+    Args:
+        params: A model, whose roles decide what shares a second moment; parameters or groups share by row.
+        lr: Learning rate, as for AdamW.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay, before the update.
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        4 bytes a parameter, and 4 for each block.
+
+    References:
+        Adam-mini: Use Fewer Learning Rates To Gain More, Zhang et al., ICLR 2025, arXiv 2406.16793.
+    """
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return named(params, lambda _: Pieces(AdamMiniRule()), options, common)
+
+
+def SPAM(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    theta: float = 5000.0,
+    warmup: int = 150,
+    variant: Literal["paper", "released"] = "paper",
+    **common: Unpack[Common],
+) -> Optimizer:
+    """SPAM: Adam that clips spikes of the gradient and forgets its moments every 500 steps.
+
+    Args:
+        params: A model, parameters, or groups.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment, before the bias correction.
+        weight_decay: Decoupled decay, after the update.
+        theta: An element beyond the root of theta times its second moment is a spike.
+        warmup: Updates in which the step size recovers after a reset.
+        variant: "released" also clips where nothing was seen before, which freezes late rows of an embedding.
+        common: See `scrimp.optim.named`; `reset_every` is 500 here.
+
+    Memory:
+        8 bytes a parameter.
+
+    References:
+        SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training, Huang et al., ICLR 2025,
+        arXiv 2501.06842, without its element mask.
+    """
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    reset = Reset(warmup=warmup, restart=False)
+
+    def pieces(options: Any) -> Pieces:
+        spikes = SpikeClip(theta=theta, every=options["reset_every"], variant=variant)
+        return Pieces(Adam(convention="hf"), conditioner=spikes, reset=reset)
+
+    return named(params, pieces, options, defaulting(common, reset_every=500))
+
+
+def StableSPAM(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    gammas: Betas = (0.7, 0.9),
+    theta: float = 0.999,
+    variant: Literal["paper", "released"] = "paper",
+    **common: Unpack[Common],
+) -> Optimizer:
+    """Stable-SPAM: Adam on gradients clipped by their running maximum and scaled by their norm's history.
+
+    Args:
+        params: A model, parameters, or groups.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay, before the update.
+        gammas: Decay rates of the norm's two moments.
+        theta: Decay rate of the running maximum.
+        variant: "released" counts the maximum's bias correction from each reset, which switches clipping off
+            for some hundred steps.
+        common: See `scrimp.optim.named`; `reset_every` is 1,000 here.
+
+    Memory:
+        8 bytes a parameter, and three numbers a tensor.
+
+    References:
+        Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam, Huang et al., 2025, arXiv 2502.17055.
+    """
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+
+    def pieces(options: Any) -> Pieces:
+        clip = StableClip(
+            gammas=(gammas[0], gammas[1]), theta=theta, every=options["reset_every"], variant=variant
+        )
+        return Pieces(Adam(), conditioner=clip)
+
+    return named(params, pieces, options, defaulting(common, reset_every=1000))

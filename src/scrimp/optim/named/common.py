@@ -1,0 +1,120 @@
+"""What the named optimizers share: their common options, and how pieces become an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+from scrimp.base.errors import ScrimpError
+from scrimp.base.suggest import did_you_mean
+from scrimp.optim.group_options import Authors
+from scrimp.optim.optimizer import Optimizer
+from scrimp.optim.pieces import Composition, Conditioner, Lift, Options, Projector, Reset, Rule, Store
+from scrimp.optim.stores import STORES
+from scrimp.optim.stores.full import Full
+
+Betas = tuple[float, float]
+
+
+class Common(TypedDict, total=False):
+    """Options that every named optimizer takes, by keyword.
+
+    Attributes:
+        store: How the moments are kept, a name of `scrimp.optim.stores.STORES`.
+        reset_every: Updates between resets of the moments; 0 never.
+        seed: Of every random draw.
+        maximize: Climb instead of descending.
+        compile: Run the arithmetic as compiled functions.
+    """
+
+    store: str
+    reset_every: int
+    seed: int
+    maximize: bool
+    compile: bool
+
+
+def defaulting(common: Common, **own: Unpack[Common]) -> Common:
+    """Return the common options that were given, with a method's own defaults for the others."""
+    return {**own, **common}
+
+
+class Pieces(NamedTuple):
+    """What treats a group of parameters, the store and the reset's period left to the group's options."""
+
+    rule: Rule
+    projector: Projector | None = None
+    lift: Lift | None = None
+    basis_store: Store | None = None
+    conditioner: Conditioner | None = None
+    reset: Reset | None = None
+
+
+def named(
+    params: Any,
+    pieces: Callable[[Options], Pieces],
+    options: Mapping[str, Any],
+    common: Common,
+    *,
+    projected: Mapping[str, Any] | None = None,
+    authors: Authors | None = None,
+) -> Optimizer:
+    """Return the optimizer of some pieces.
+
+    Args:
+        params: A model, parameters, or groups.
+        pieces: Makes a group's pieces, by its options.
+        options: Those of every group, besides the common ones.
+        common: The common options that were given.
+        projected: Those of projected groups alone; the first, where it has a value, marks such a group.
+        authors: See `Optimizer`.
+
+    Raises:
+        TypeError: A common option is unknown.
+    """
+    odd = common.keys() - Common.__annotations__.keys()
+    if odd:
+        name = min(odd)
+        known = [*Common.__annotations__, *options, *(projected or ())]
+        raise TypeError(f"there is no option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    every = {
+        **options,
+        "store": common.get("store", "fp32"),
+        "reset_every": common.get("reset_every", 0),
+    }
+    return Optimizer(
+        params,
+        compose=lambda options: _composed(options, pieces(options)),
+        options=every,
+        projected=projected,
+        authors=authors,
+        seed=common.get("seed", 0),
+        maximize=common.get("maximize", False),
+        compile=common.get("compile", False),
+    )
+
+
+def _composed(options: Options, pieces: Pieces) -> Composition:
+    return Composition(
+        rule=pieces.rule,
+        projector=pieces.projector,
+        lift=pieces.lift,
+        store=store(options["store"]),
+        basis_store=pieces.basis_store or Full(),
+        conditioner=pieces.conditioner,
+        reset=replace(pieces.reset or Reset(), every=options["reset_every"]),
+    )
+
+
+def store(name: str) -> Store:
+    """Return the state store of a name.
+
+    Raises:
+        ScrimpError: There is none of that name; the message names the nearest and all of them.
+    """
+    if name not in STORES:
+        raise ScrimpError(
+            f"store: there is no {name!r}{did_you_mean(name, tuple(STORES))}; known: {', '.join(STORES)}"
+        )
+    return STORES[name]

@@ -1,0 +1,226 @@
+"""Low-rank methods that do more with the gradient than to project the step back.
+
+    Fira          the rest of the gradient, scaled as the rule scaled its part        lifts.residual
+    FRUGAL        the sign of the rest                                                lifts.sign
+    DCT-AdamW     the rest waits for the next step, if it is kept                     lifts.feedback
+
+`variant` says whether the paper's algorithm runs or what its authors released; parameters that are not
+projected get the same Adam, whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack
+
+from scrimp.optim.lifts.back import ProjectBack
+from scrimp.optim.lifts.feedback import ErrorFeedback
+from scrimp.optim.lifts.residual import ScaledResidual
+from scrimp.optim.lifts.sign import SignResidual
+from scrimp.optim.named.common import Betas, Common
+from scrimp.optim.named.subspace import (
+    Projected,
+    Variant,
+    adam_options,
+    check_channels,
+    check_variant,
+    low_rank,
+    singular_vectors,
+)
+from scrimp.optim.optimizer import Optimizer
+from scrimp.optim.pieces import Lift, Options, Projector
+from scrimp.optim.projectors.blocks import Blocks, Order
+from scrimp.optim.projectors.coordinates import Coordinates
+from scrimp.optim.projectors.dct import Cosine
+from scrimp.optim.projectors.orientation import require
+from scrimp.optim.rules.adam import Adam
+
+
+def Fira(  # noqa: N802 - named as its class elsewhere
+    params: Any,
+    *,
+    lr: float = 1e-2,
+    rank: int | None = 128,
+    refresh_every: int = 200,
+    scale: float = 0.25,
+    side: str = "std",
+    gamma: float | None = 1.01,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    variant: Variant = "released",
+    **common: Unpack[Common],
+) -> Optimizer:
+    """Fira: GaLore, and the rest of the gradient scaled channel by channel.
+
+    Args:
+        params: A model (the matrices inside its layers are projected), parameters, or groups.
+        lr: Learning rate.
+        rank: Of the subspace; None projects only groups that name theirs.
+        refresh_every: Steps between choices of the subspace.
+        scale: Factor of the update, alpha; released, of its projected part alone.
+        side: Which side is shortened: "std" the smaller, "reverse_std", "left" or "right".
+        gamma: The largest growth of the rest's norm in a step; None does not limit it.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment, before the bias correction.
+        weight_decay: Decoupled decay, after the update.
+        variant: What the scale multiplies, and how the subspace is found (see `GaLore`).
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        For a matrix (m, n): min(m, n) r + 2 max(m, n) r + 1 numbers.
+
+    Raises:
+        ScrimpError: `side` is "full", which keeps no channel of the gradient.
+
+    References:
+        Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, Chen et al., NeurIPS 2025,
+        arXiv 2410.01623.
+    """
+    check_variant(variant)
+
+    def project(options: Options) -> Projected:
+        check_channels(options)
+        lift = ScaledResidual(options["scale"], gamma, variant)
+        return Projected(singular_vectors(options, variant, common.get("seed", 0)), lift)
+
+    options = adam_options(lr, betas, eps, weight_decay)
+    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
+    return low_rank(
+        params,
+        Adam(convention="hf"),
+        project,
+        options,
+        projected,
+        common,
+    )
+
+
+def Frugal(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    density: float | None = 0.25,
+    refresh_every: int = 200,
+    scale: float = 1.0,
+    projector: Literal["blocks", "columns", "rows", "elements"] = "blocks",
+    order: Order = "random",
+    residual: Literal["sign", "sgd", "none"] = "sign",
+    residual_scale: float = 1.0,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """FRUGAL: Adam on a part of the gradient, sign-SGD without state on the rest.
+
+    Moments and bias correction begin anew with each choice of the part.
+
+    Args:
+        params: As in `Fira`.
+        lr: Learning rate.
+        density: The part that keeps state, rho; None projects only groups that name theirs.
+        refresh_every: Steps between choices of the part.
+        scale: Factor of the update of projected matrices (the authors' `proj_params_lr_scale`).
+        projector: What the part consists of; "blocks" are whole matrices, what the scripts call frugal.
+        order: In which blocks take turns: "random", "ascending", "descending" or "mirror".
+        residual: What the rest gets: its "sign", itself ("sgd") or "none".
+        residual_scale: Further factor of the rest's update (`inactive_lr_scale`); 0.1 for fine-tuning.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay; the authors' class has 0.01, their scripts 0.
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        For a matrix (m, n): density 2 m n numbers on average, none in blocks that sleep.
+
+    References:
+        FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training, Zmushko et
+        al., ICML 2025, arXiv 2411.07837.
+    """
+    require("projector", projector, ("blocks", "columns", "rows", "elements"))
+    require("residual", residual, ("sign", "sgd", "none"))
+
+    def project(options: Options) -> Projected:
+        density, every, scale = options["density"], options["refresh_every"], options["scale"]
+        part: Projector
+        if projector == "blocks":
+            part = Blocks(density=density, order=order, every=every, seed=common.get("seed", 0))
+        else:
+            part = Coordinates(density=density, kind=projector, every=every, seed=common.get("seed", 0))
+        lift: Lift = ProjectBack(scale)
+        if residual != "none":
+            lift = SignResidual(scale, residual_scale, residual)
+        return Projected(part, lift)
+
+    options = adam_options(lr, betas, eps, weight_decay)
+    projected = {"density": density, "refresh_every": refresh_every, "scale": scale}
+    return low_rank(
+        params,
+        Adam(),
+        project,
+        options,
+        projected,
+        common,
+    )
+
+
+def DCTAdamW(  # noqa: N802
+    params: Any,
+    *,
+    lr: float = 1e-3,
+    rank: int | None = 128,
+    refresh_every: int = 1,
+    scale: float = 1.0,
+    side: str = "std",
+    rotate: bool = True,
+    error_feedback: bool = False,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **common: Unpack[Common],
+) -> Optimizer:
+    """DCT-AdamW: AdamW in those columns of a fixed cosine basis that fit the gradient best.
+
+    Args:
+        params: As in `Fira`.
+        lr: Learning rate.
+        rank: How many columns.
+        refresh_every: Steps between choices.
+        scale: Factor of the projected update.
+        side: Which side is shortened.
+        rotate: Lets the moments follow their columns; else place i of the old choice becomes place i of the
+            new one.
+        error_feedback: Keeps what was not projected for the next step: m n numbers more.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled decay, before the update.
+        common: See `scrimp.optim.named`.
+
+    Memory:
+        For a matrix (m, n): 2 max(m, n) r numbers and r indices; one basis for each smaller side.
+
+    References:
+        SVD-free low-rank adaptive gradient optimization for large language models, Modoranu et al., ICLR
+        2026, arXiv 2505.17967.
+    """
+
+    def project(options: Options) -> Projected:
+        basis = Cosine(
+            rank=options["rank"],
+            every=options["refresh_every"],
+            side=options["side"],
+            on_refresh="rotate" if rotate else "keep",
+        )
+        scale = options["scale"]
+        return Projected(basis, ErrorFeedback(scale) if error_feedback else ProjectBack(scale))
+
+    options = adam_options(lr, betas, eps, weight_decay)
+    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
+    return low_rank(
+        params,
+        Adam(),
+        project,
+        options,
+        projected,
+        common,
+    )

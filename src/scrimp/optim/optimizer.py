@@ -1,0 +1,323 @@
+"""The one optimizer: a composition of pieces, run over parameter groups as a `torch.optim.Optimizer`.
+
+For every parameter it knows which composition treats it (`scrimp.optim.plan`), and keeps what the pieces
+declare as named tensors in `state[p]`: nothing else, so that a checkpoint opens under
+`torch.load(weights_only=True)` and a resumed run computes the same bits. The update runs in `step()`, or
+inside the backward pass (`fuse_backward`).
+
+Oddities. Loading keeps every tensor's dtype, where torch casts floats to the parameter's. Counters and seeds
+are plain integers, so that no step waits for a GPU. What a parameter's update draws depends on the seed, its
+name and its step alone. A gradient that is not finite changes neither moments, subspace nor weights, but
+counts as a step; a schedule goes on (a reset falls when it is due).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scrimp.base.errors import ScrimpError
+from scrimp.optim import groups as given
+from scrimp.optim.describe import Row, describe_table
+from scrimp.optim.fused_adamw import fused_adamw, is_adamw
+from scrimp.optim.group_options import Authors, marker
+from scrimp.optim.in_backward import BackwardUpdates
+from scrimp.optim.pieces import Entries, Target
+from scrimp.optim.plan import Compose, Plan, plan
+from scrimp.optim.update import Updater
+
+PIECES = "pieces"  # the group option that names its composition: a state dict of another one is refused
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Runs compositions of pieces over parameter groups.
+
+    Args:
+        params: A model, parameters, named parameters, or groups of them.
+        compose: Makes the composition for a group's options; without its mark it is that of the rest.
+        options: The options of every group, with their defaults: lr, betas, eps, weight_decay and so on.
+        projected: Those of projected groups alone; the first one, where it has a value, marks such a group.
+            None where nothing is projected.
+        authors: How values are converted in groups that are written in the authors' words.
+        seed: What every random draw is derived from.
+        maximize: Climb instead of descending.
+        compile: Run the arithmetic as compiled functions; a first step then takes seconds.
+
+    Raises:
+        ScrimpError: An option or a rank is not allowed; the message names the group or the matrix.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        compose: Compose,
+        options: Mapping[str, Any],
+        projected: Mapping[str, Any] | None = None,
+        authors: Authors | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self._compose, self._options, self._only_projected = compose, dict(options), projected
+        self._authors = authors
+        self._mark = marker(projected) if projected else "rank"
+        self._maximize, self._updater = maximize, Updater(seed, compile)
+        self._plans: dict[Tensor, Plan] = {}  # empty until torch's constructor is through
+        self._backward: BackwardUpdates | None = None
+        read = given.read(params, options=options, projected=projected, authors=authors)
+        self._info = dict(read.targets)
+        super().__init__(read.groups, {**options, **dict.fromkeys(projected or ()), PIECES: None})
+        self._plan_all(self.param_groups)
+
+    # ---- what is treated how -------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, in our words or the authors'; its parameters start without state."""
+        if not self._plans:  # called by torch's constructor, which hands over what was read
+            super().add_param_group(param_group)
+            return
+        first = len(self.param_groups)
+        read = given.read(
+            [param_group],
+            options=self._options,
+            projected=self._only_projected,
+            first=first,
+            authors=self._authors,
+        )
+        self._info |= read.targets
+        self._plan_all([*self.param_groups, *read.groups])
+        for group in read.groups:
+            super().add_param_group(group)
+        self._choose_again()
+        if self._backward is not None:
+            self._backward.follow()
+
+    def _plan_all(self, groups: list[dict[str, Any]]) -> None:
+        """Decide how every parameter of some groups is treated, and write into each what its pieces are."""
+        plans: dict[Tensor, Plan] = {}
+        for group in groups:
+            for p in group["params"]:
+                info = self._info[p]
+                target = Target(name=info.name, shape=tuple(p.shape), role=info.role, heads=info.heads)
+                plans[p] = plan(p, target, group, self._compose, mark=self._mark, asked=info.asked)
+            group[PIECES] = self._compose(group).name
+        projected = [found for found in plans.values() if found.composition.projector is not None]
+        for index, found in enumerate(projected):
+            found.target = replace(found.target, index=index, count=len(projected))
+        self._plans = plans
+
+    def _choose_again(self) -> None:
+        """Choose blind subspaces anew that depend on how many matrices there are."""
+        for p, state in self.state.items():
+            found = self._plans[p]
+            if state and found.misfit(state):
+                self._updater.refresh(found.oriented(p.detach()), found, state)
+
+    def plan_of(self, p: Tensor) -> Plan:
+        """Return how a parameter is treated."""
+        return self._plans[p]
+
+    def describe(self) -> str:
+        """Return a table of what treats every parameter, its state's bytes, and what was left out and why."""
+        rows = [
+            Row(
+                name=found.target.name,
+                shape=tuple(p.shape),
+                role=found.target.role,
+                piece=found.composition.name,
+                state_bytes=found.state_bytes(),
+                why=found.why,
+            )
+            for p, found in self._plans.items()
+        ]
+        return describe_table(rows)
+
+    # ---- one step ------------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # torch.amp.GradScaler asks this before it steps, and Lightning before it clips scaled gradients.
+        if self._backward is not None:
+            raise ScrimpError(
+                "a GradScaler finds no gradients to unscale when updates run inside the backward pass: "
+                "train in bfloat16 without a scaler, or call unfuse_backward() for updates at the step"
+            )
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, and what waits for its update after `fuse_backward`."""
+        if self._backward is not None:
+            self._backward.discard()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; after `fuse_backward`, what is left of them.
+
+        Args:
+            closure: Computes the loss anew, and its gradients.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ScrimpError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._backward is not None:
+            self._backward.clip()
+            self._backward.apply()
+            return loss
+        for group in self.param_groups:
+            alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if self._is_adamw(p) and not p.grad.is_sparse:
+                    alike[p.device, p.dtype, self.begin(p)["step"]].append(p)
+                else:
+                    self.update(p, p.grad, group)
+            for params in alike.values():
+                self._update_adamw(params, [p.grad for p in params if p.grad is not None], group)
+        return loss
+
+    def fuse_backward(self, *, micro_batches: int = 1, clip: float = 0.0) -> BackwardUpdates:
+        """Run every update inside the backward pass from now on, and free its gradient at once.
+
+        See `scrimp.optim.in_backward` for what accumulation and clipping mean there.
+
+        Args:
+            micro_batches: Backward passes a step.
+            clip: The largest global gradient norm; 0 does not clip.
+
+        Returns:
+            The updates, with the gradient norm of the last step.
+
+        Raises:
+            ScrimpError: The combination cannot be exact; the message says what can.
+        """
+        self.unfuse_backward()
+        self._backward = BackwardUpdates(self, micro_batches=micro_batches, clip=clip)
+        return self._backward
+
+    def unfuse_backward(self) -> None:
+        """Go back to updates in `step()`."""
+        if self._backward is not None:
+            self._backward.remove()
+        self._backward = None
+
+    @torch.no_grad()
+    def update(
+        self, p: nn.Parameter, grad: Tensor, group: dict[str, Any], small: Tensor | None = None
+    ) -> None:
+        """Update one parameter.
+
+        Args:
+            p: The parameter.
+            grad: Its gradient; where `small` is given, anything of its shape.
+            group: Its group.
+            small: The gradient in the subspace, where that is all there is.
+        """
+        self.check(p, grad)
+        state = self.begin(p)
+        if small is None:
+            grad = self._downhill(grad)
+        if self._is_adamw(p):
+            self._update_adamw([p], [grad], group)
+            return
+        self._updater.update(p, grad, self._plans[p], state, group, small)
+        state["step"] += 1
+
+    def check(self, p: nn.Parameter, grad: Tensor) -> None:
+        """Raise a ScrimpError for a gradient that no optimizer here treats."""
+        if grad.is_sparse:
+            raise ScrimpError(f"{self._info[p].name}: sparse gradients are not supported; make it dense")
+
+    def project(self, p: nn.Parameter, *, refresh: bool) -> Tensor:
+        """Return a projected parameter's gradient in its subspace, which `refresh` lets be chosen anew."""
+        assert p.grad is not None
+        found, state, grad = self._plans[p], self.begin(p), self._downhill(p.grad)
+        if refresh:
+            self._updater.refresh_when_due(found.oriented(grad), found, state)
+        return self._updater.project(grad, found, state)
+
+    def _downhill(self, grad: Tensor) -> Tensor:
+        return -grad if self._maximize else grad
+
+    def _is_adamw(self, p: nn.Parameter) -> bool:
+        return is_adamw(self._plans[p].composition, p) and not self._maximize
+
+    def _update_adamw(self, params: list[nn.Parameter], grads: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params]
+        fused_adamw(params, grads, states, group)
+        for state in states:
+            state["step"] += 1
+
+    def begin(self, p: nn.Parameter) -> Entries:
+        """Return a parameter's state, all zero where it had none."""
+        state: Entries = self.state[p]
+        if not state:
+            found = self._plans[p]
+            for name, (shape, dtype) in found.layout().items():
+                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+            state |= dict.fromkeys(("step", *found.counters()), 0)
+        return state
+
+    # ---- state ---------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state and the options that go with it; the dtype of every tensor is the pieces' own.
+
+        Raises:
+            ScrimpError: The state is of another composition, or of other shapes; nothing was loaded.
+        """
+        saved = state_dict["param_groups"]
+        self._check_groups(saved)
+        was = self._plans
+        pairs = list(zip(saved, self.param_groups, strict=True))
+        self._plan_all([{**theirs, "params": ours["params"]} for theirs, ours in pairs])
+        numbers = [number for group in saved for number in group["params"]]
+        states = {p: state_dict["state"].get(n, {}) for p, n in zip(self._plans, numbers, strict=True)}
+        odd = [self._plans[p].misfit(state) for p, state in states.items() if state]
+        if any(odd):
+            self._plans = was
+            raise ScrimpError(next(filter(None, odd)))
+        super().load_state_dict(state_dict)
+        for p, state in states.items():
+            layout = self._plans[p].layout(state.get("refreshed", 0)) if state else {}
+            for name, (_, dtype) in layout.items():  # as it was: torch has cast it to the weight's
+                self.state[p][name] = state[name].to(p.device, dtype, copy=True)
+        if self._backward is not None:
+            self._backward.follow()
+
+    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
+        """Refuse the groups of a state dict that are not these, but for the options' values."""
+        sizes, own = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
+        if sizes != own:
+            raise ScrimpError(
+                f"the state dict has groups of {sizes} parameters, and this optimizer has groups of {own}: "
+                "build it over the same parameters in the same groups"
+            )
+        known = {*self._options, *(self._only_projected or ())}
+        for number, (theirs, ours) in enumerate(zip(saved, self.param_groups, strict=True)):
+            is_same = theirs.get(PIECES) == ours[PIECES]
+            if not is_same or not known <= theirs.keys():
+                raise ScrimpError(
+                    f"group {number} of the state dict is of {theirs.get(PIECES) or 'another optimizer'}"
+                    f"{' with other options' if is_same else ''}, and this optimizer is {ours[PIECES]}: "
+                    "build it as it was, or go on without the old state"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: all but hooks, as with torch, so its updates run at the step."""
+        kept = {name: value for name, value in vars(self).items() if "hook" not in name}
+        return {**kept, "_backward": None}

@@ -1,0 +1,193 @@
+"""How one parameter is treated, and what follows from it: what it keeps, how it is turned, its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scrimp.base.errors import ScrimpError
+from scrimp.base.seeds import derive
+from scrimp.optim.arithmetic import Layout, compute_dtype, decode, key
+from scrimp.optim.pieces import Composition, Entries, Options, Scalars, Slot, Store, Target
+from scrimp.optim.stores.full import Full
+
+Compose = Callable[[Options], Composition]
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """How one parameter is treated.
+
+    Attributes:
+        composition: By which pieces.
+        target: What the pieces are told of it.
+        exact: Keeps what is never quantised.
+        transposed: Whether the pieces see its transpose.
+        why: Why it is left unprojected, in a clause; empty where it is projected or nothing would project it.
+    """
+
+    composition: Composition
+    target: Target
+    exact: Store
+    transposed: bool = False
+    why: str = ""
+
+    def kind(self) -> tuple[Composition, tuple[int, ...], bool]:
+        """Return what parameters have in common whose updates hold and compute the same."""
+        return self.composition, self.target.shape, self.transposed
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """Return the parameter or its gradient as the pieces see it: (..., k, d); a view."""
+        if self.composition.projector is None:
+            return tensor
+        if tensor.ndim > 3:  # a convolution's kernel as (out, in times window)
+            tensor = tensor.flatten(1)
+        return tensor.mT if self.transposed else tensor
+
+    def store(self, slot: Slot) -> Store:
+        """Return the store that keeps a slot of the rule."""
+        return self.exact if slot.exact else self.composition.store
+
+    def shape(self, step: int) -> tuple[int, ...]:
+        """Return the shape of the gradient that the rule is given at 0-based `step`."""
+        projector = self.composition.projector
+        return self.target.shape if projector is None else projector.down_shape(self.target, step)
+
+    def rule_slots(self, step: int) -> tuple[Slot, ...]:
+        """Return what the rule keeps."""
+        return self.composition.rule.slots(self.shape(step), self.target)
+
+    def counters(self) -> tuple[str, ...]:
+        """Return the names of the plain integers that are kept, all 0 at first."""
+        projector = self.composition.projector
+        return () if projector is None else ("refreshed", *projector.counters)
+
+    def layout(self, step: int = 0) -> Layout:
+        """Return the tensors that are kept, by name: shape and dtype. Their bytes are the formula."""
+        c, target = self.composition, self.target
+        slots = [(slot, self.store(slot)) for slot in self.rule_slots(step)]
+        if c.conditioner is not None:
+            slots += [(slot, self.exact) for slot in c.conditioner.slots(self.shape(step), target)]
+        if c.projector is not None and c.lift is not None:
+            slots += [(slot, c.basis_store) for slot in c.projector.slots(target)]
+            slots += [(slot, self.exact) for slot in c.lift.slots(target)]
+        entries = {
+            key(slot, name): entry for slot, store in slots for name, entry in store.layout(slot).items()
+        }
+        return entries | ({} if c.projector is None else dict(c.projector.tensors(target)))
+
+    def misfit(self, state: Entries) -> str:
+        """Return in a sentence how a state is not what is kept; empty where it is."""
+        name, wanted = self.target.name, self.layout(state.get("refreshed", 0))
+        absent = sorted({*wanted, "step", *self.counters()} ^ state.keys())
+        if absent:
+            return f"{name}: {absent[0]!r} is not kept both in the state dict and here: build it as it was"
+        shapes = {key: (tuple(state[key].shape), shape) for key, (shape, _) in wanted.items()}
+        odd = next((key for key, (held, shape) in shapes.items() if held != shape), "")
+        if not odd:
+            return ""
+        return (
+            f"{name}: {odd!r} has the shape {shapes[odd][0]} in the state dict and {shapes[odd][1]} here: "
+            "it is of another model, or of a matrix with other options"
+        )
+
+    def state_bytes(self, step: int = 0) -> int:
+        """Return the bytes of the tensors that are kept."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout(step).values())
+
+    def basis(self, state: Entries, like: Tensor) -> Any:
+        """Return the projector's basis, decoded or drawn anew."""
+        projector, store = self.composition.projector, self.composition.basis_store
+        assert projector is not None
+        slots = projector.slots(self.target)
+        values = {slot.name: decode(state, slot, store, compute_dtype(like)) for slot in slots}
+        return projector.load(values, state, self.target, like)
+
+    def lift_slots(self, state: Entries, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return what the lift keeps, decoded."""
+        assert self.composition.lift is not None
+        slots = self.composition.lift.slots(self.target)
+        return {slot.name: decode(state, slot, self.exact, dtype) for slot in slots}
+
+    def needs_gradient(self, state: Entries, step: int) -> bool:
+        """Tell whether the update at `step` reads the whole gradient, or only its part in the subspace."""
+        c = self.composition
+        if c.projector is None or c.lift is None or c.lift.needs_gradient:
+            return True
+        return c.projector.refresh_needs_gradient and (not state or c.projector.due(state, step))
+
+    def scalars(self, state: Entries, options: Options, step: int) -> Scalars:
+        """Return the numbers of 0-based `step` as 0-d float64 tensors on the CPU."""
+        c, age, rewarm = self.composition, step + 1, 1.0
+        if c.projector is not None and c.projector.on_refresh == "reset":
+            age = step - state["refreshed"] + 1
+        if c.reset.every and step + 1 >= c.reset.every:
+            since = (step + 1) % c.reset.every
+            rewarm = c.reset.factor(since)
+            age = since + 1 if c.reset.restart else age
+        options = {**options, "lr": float(options["lr"])}
+        numbers = {
+            "rewarm": rewarm,
+            "lr": options["lr"],
+            "weight_decay": options["weight_decay"],
+            **c.rule.scalars(options, age),
+        }
+        if c.conditioner is not None:
+            numbers |= c.conditioner.scalars(options, step + 1)
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64).unbind()
+        return dict(zip(numbers, values, strict=True))
+
+    def noise(self, seed: int, step: int) -> Tensor:
+        """Return the seed of what a step draws, a 0-d int64 tensor."""
+        return torch.tensor(derive(seed, self.target.name, step))
+
+
+def plan(p: Tensor, target: Target, options: Options, compose: Compose, *, mark: str, asked: bool) -> Plan:
+    """Decide how a parameter is treated.
+
+    Args:
+        p: The parameter.
+        target: What is known of it, with its own shape.
+        options: Its group's.
+        compose: Makes the composition for a group's options; without its mark it is that of the rest.
+        mark: The option that makes a group a projected one.
+        asked: Whether the user put it among the projected ones by hand; else a rank too large leaves it be.
+
+    Raises:
+        ScrimpError: It cannot be treated so.
+    """
+    double = p.dtype == torch.float64
+    exact = Full(torch.float64) if double else Full()
+
+    def widened(composition: Composition) -> Composition:
+        stores = {"store": composition.store, "basis_store": composition.basis_store}
+        wide = {name: exact for name, store in stores.items() if double and isinstance(store, Full)}
+        return replace(composition, **wide)  # type: ignore[arg-type]
+
+    composition = widened(compose(options))
+    if composition.projector is None:
+        return Plan(composition=composition, target=target, exact=exact)
+    if p.ndim < 2:
+        raise ScrimpError(
+            f"{target.name} has {p.ndim} dimension{'' if p.ndim == 1 else 's'}, and only matrices can be "
+            "projected: put it into a group without rank"
+        )
+    shape = tuple(p.shape) if p.ndim < 4 else (p.shape[0], p[0].numel())
+    transposed = composition.projector.transposes(shape)
+    if transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    oriented = replace(target, shape=shape)
+    try:
+        why = composition.projector.check(oriented)
+    except ValueError as error:
+        if asked:
+            raise ScrimpError(str(error)) from None
+        why = str(error)
+    if why:
+        rest = widened(compose({**options, mark: None}))
+        return Plan(composition=rest, target=target, exact=exact, why=why)
+    return Plan(composition=composition, target=oriented, exact=exact, transposed=transposed)

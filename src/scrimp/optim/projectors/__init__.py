@@ -1,0 +1,1 @@
+"""Projectors: the part of the gradient that keeps state."""

@@ -1,0 +1,1 @@
+"""The optimizers proper: how a gradient, in whatever space, becomes a direction."""
