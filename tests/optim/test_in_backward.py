@@ -311,6 +311,19 @@ def test_the_norm_is_that_of_all_gradients() -> None:
         assert float(updates.norm) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_the_norm_counts_an_expert_that_missed_a_micro_batch() -> None:
+    ps = parameters(torch.float64, SHAPES)
+    optimizer = make("AdamW", ps)
+    updates = optimizer.fuse_backward(micro_batches=2)
+    step = gradients(ps, 1)[0]
+    loss(ps, step).backward()
+    loss(ps, {"tall": step["tall"]}).backward()
+    optimizer.step()
+    both = {**step, "tall": 2 * step["tall"]}
+    expected = torch.stack([g.norm() for g in both.values()]).norm()
+    assert float(updates.norm) == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_two_optimizers_inside_one_backward_pass_are_an_error() -> None:
     ps = parameters(shapes=SHAPES)
     first, second = make("AdamW", ps), make("GaLore", ps)

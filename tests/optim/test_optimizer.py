@@ -217,6 +217,22 @@ def test_weights_that_are_held_in_codes_are_moved_by_good_gradients_alone(
         assert differing(after, before) == ([] if bad else ["tall", "wide"])
 
 
+@pytest.mark.parametrize("name", ["Lion", "Frugal"])
+def test_narrow_weights_move_by_steps_far_below_their_spacing(name: str) -> None:
+    # Signs alone move them, by 1/50 of what is between neighbours in bfloat16 above 1, 200 times.
+    spacing, steps = 2.0**-7, 200
+    p = nn.Parameter(torch.full((32, 32), 1.5, dtype=torch.bfloat16))
+    option: dict[str, Any] = {"density": 0.0} if name == "Frugal" else {}
+    optimizer = methods.method(name)([{"params": [p], **option}], lr=spacing / 50)
+    p.grad = torch.ones_like(p)
+    for _ in range(steps):
+        optimizer.step()
+    moved = (1.5 - p.detach().double()) / spacing
+    deviation = math.sqrt(steps * 0.02 * 0.98)  # of a count of 200 chances of 1 in 50
+    assert abs(float(moved.mean()) - 4) < 5 * deviation / 32
+    assert deviation / 1.1 < float(moved.std()) < deviation * 1.1
+
+
 def test_parameters_without_elements_are_left_alone() -> None:
     for name in EVERY:
         empty = nn.Parameter(torch.zeros(0, 3))

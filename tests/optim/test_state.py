@@ -166,6 +166,20 @@ def test_the_state_of_other_shapes_is_refused_by_parameter() -> None:
         optimizer.load_state_dict(source.state_dict())
 
 
+def test_a_refused_state_leaves_the_ranks_as_they_were() -> None:
+    small, large = (parameters(shapes={"w": shape}) for shape in ((24, 16), (48, 16)))
+    source, optimizer = (
+        GaLore([{"params": [*ps.items()], "rank": rank}]) for ps, rank in ((small, 4), (large, 6))
+    )
+    run(source, small, gradients(small, 1))
+    before = optimizer.describe()
+    with pytest.raises(ScrimpError, match=r"^w: "):
+        optimizer.load_state_dict(source.state_dict())
+    assert optimizer.describe() == before
+    run(optimizer, large, gradients(large, 1))
+    assert optimizer.state[large["w"]]["basis"].shape == (16, 6)
+
+
 def test_the_state_of_other_groups_is_refused() -> None:
     ps = parameters()
     whole, divided = AdamW(list(ps.values())), make("AdamW", ps)
@@ -189,11 +203,13 @@ def test_a_frugal_block_that_falls_asleep_frees_quantised_moments_and_wakes_up_w
 def test_a_method_that_draws_blocks_can_be_saved_after_a_group_was_added() -> None:
     ps = parameters(shapes={f"w{i}": (24, 16) for i in range(5)})
     held = list(ps.values())
-    optimizer = Frugal([{"params": held[:3], "density": 0.4}], refresh_every=4)
+    optimizer = Frugal([{"params": held[:3], "density": 0.4}], refresh_every=4, order="ascending")
     run(optimizer, ps, gradients(ps, 2))
     optimizer.add_param_group({"params": held[3:], "density": 0.4})
     other = Frugal(
-        [{"params": held[:3], "density": 0.4}, {"params": held[3:], "density": 0.4}], refresh_every=4
+        [{"params": held[:3], "density": 0.4}, {"params": held[3:], "density": 0.4}],
+        refresh_every=4,
+        order="ascending",
     )
     other.load_state_dict(optimizer.state_dict())
     run(other, ps, gradients(ps, 4))

@@ -249,7 +249,7 @@ def test_a_4_bit_basis_loses_its_orthonormality_by_a_few_percent(generator: Any)
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_kernel_has_the_bits_of_the_reference(signed: bool, generator: Any) -> None:
-    assert dynamic8_kernel.available()
+    assert dynamic8_kernel.prepare()
     spread = torch.exp(4 * torch.randn(400, 256, generator=generator))
     rows = torch.randn(400, 256, generator=generator) * spread
     rows = torch.cat([rows, torch.zeros(1, 256), rows[:1] * 1e-44, torch.linspace(-1, 1, 256)[None]])
@@ -266,6 +266,7 @@ def test_without_a_compiler_the_reference_serves_and_the_user_is_told(
     monkeypatch: pytest.MonkeyPatch, generator: Any
 ) -> None:
     value = torch.randn(24, 16, generator=generator)
+    Dynamic8().prepare(value.device)
     fast = round_trip(Dynamic8(min_size=0), value)
 
     def missing() -> None:
@@ -275,10 +276,11 @@ def test_without_a_compiler_the_reference_serves_and_the_user_is_told(
     dynamic8_kernel._loaded.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no compiler"):
-            assert torch.equal(round_trip(Dynamic8(min_size=0), value), fast)
+            Dynamic8().prepare(value.device)
+        assert torch.equal(round_trip(Dynamic8(min_size=0), value), fast)
         with warnings.catch_warnings():  # once is enough
             warnings.simplefilter("error")
-            round_trip(Dynamic8(min_size=0), value)
+            Dynamic8().prepare(value.device)
     finally:
         dynamic8_kernel._loaded.cache_clear()
 

@@ -22,9 +22,10 @@ from scrimp.bench.entries import Ask, Entry, Run
 from scrimp.bench.machine import LoadWatch
 from scrimp.bench.pool import Pool
 from scrimp.bench.protocol import rates, refresh_every
-from scrimp.bench.suites import NO_LIMIT, REFERENCE
+from scrimp.bench.suites import NO_LIMIT, REFERENCE, STATED
 from scrimp.bench.tasks import Mode, Place, Task
 from scrimp.bench.turns import PlayerError, compare, warm_up
+from scrimp.methods import options_of, piece
 
 Say = Callable[[str], None]
 
@@ -144,7 +145,7 @@ class Bench:
     def _task(
         self, mode: Mode, contestant: Contestant, recipe: Mapping[str, Any], *, against: str = ""
     ) -> Task:
-        merged = {**recipe, **contestant.recipe}
+        merged = _own_options({**recipe, **contestant.recipe})
         return Task(
             mode=mode,
             contestant=contestant.name,
@@ -287,3 +288,16 @@ class Bench:
                 return ""
             left += count * statistics.fmean(took) / width if count else 0.0
         return f"; about {format_duration(left)} left" if left else ""
+
+
+def _own_options(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe with those options alone that its optimizer takes, and a period that suits the run.
+
+    The papers' period of 200 steps would leave a short run with the first subspace.
+    """
+    taken = piece("optimizer", recipe.get("optimizer.name", STATED["optimizer.name"])).options
+    foreign = {f"optimizer.{name}" for name in options_of("optimizer") if name not in taken}
+    own = {name: value for name, value in recipe.items() if name not in foreign}
+    if taken.get("refresh_every", 1) > 1 and recipe.get("optimizer.refresh_every") is None:
+        own["optimizer.refresh_every"] = refresh_every(recipe["steps"])
+    return own

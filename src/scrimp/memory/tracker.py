@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scrimp.memory.scratch import Kernels, scratch_bytes
+from scrimp.memory.state_bytes import plain
 from scrimp.memory.work import Work
 
 aten = torch.ops.aten
@@ -169,8 +170,8 @@ class Tracker(TorchDispatchMode):
         made = False
         for leaf in out if isinstance(out, (tuple, list)) else (out,):
             for tensor in leaf if isinstance(leaf, (tuple, list)) else (leaf,):
-                if isinstance(tensor, Tensor):
-                    made |= self._watch(tensor.untyped_storage(), self.point)
+                for part in plain(tensor) if isinstance(tensor, Tensor) else ():
+                    made |= self._watch(part.untyped_storage(), self.point)
         if (extra := self._scratch(func, args, out)) > 0:
             record.scratch[self.point] = extra
         if made or func._schema.is_mutable:

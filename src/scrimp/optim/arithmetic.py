@@ -81,19 +81,19 @@ def encode_into(
 
 
 class Change(NamedTuple):
-    """How W is to change: it becomes `keep * W - dense - factor * G - project_back(small)`; None is nothing.
+    """How W is to change: to `(1 - decay) W - dense - factor G - project_back(small)`; None is nothing.
 
     Attributes:
         small: What is to be projected back, in the subspace.
         factor: Of the gradient.
         dense: Shaped like W.
-        keep: What weight decay leaves.
+        decay: What weight decay takes: near 1, what it leaves would be rounded by more.
     """
 
     small: Tensor | None
     factor: Tensor | None
     dense: Tensor | None
-    keep: Tensor | None
+    decay: Tensor | None
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Change:
         """Return the change with a function applied to what has W's shape, or is broadcastable to it."""
@@ -123,12 +123,12 @@ def middle(kind: Kind, *, in_place: bool) -> Middle:
         w: Tensor, g: Tensor, r: Tensor, basis: Any, entries: Entries, s: Scalars, noise: Tensor, ok: Tensor
     ) -> Tensor | None:
         change = moments(kind, w, g, r, basis, entries, s, noise, ok, in_place=in_place)
-        if not change.dense is change.factor is change.keep is None:
+        if not change.dense is change.factor is change.decay is None:
             new = _moved(w.to(compute_dtype(w)), g, change, first=first)
             w.copy_(torch.where(ok, _rounded(new, w.dtype, noise, composition.stochastic), w))
-        if change.small is None or change.keep is None or first:
+        if change.small is None or change.decay is None or first:
             return change.small
-        return change.keep * change.small
+        return change.small - change.decay * change.small
 
     return run
 
@@ -173,9 +173,9 @@ def moments(
             update = update._replace(small=None, dense=back if update.dense is None else update.dense + back)
     for number, (slot, store, value) in enumerate(changed):
         encode_into(entries, slot, store, value, noise + number + 1, ok)
-    keep = 1 - step.decay * s["weight_decay"] if kind.decays else None
+    decay = step.decay * s["weight_decay"] if kind.decays else None
     small = None if update.small is None else torch.where(ok, update.small, 0.0)
-    return Change(small, update.factor, update.dense, keep)
+    return Change(small, update.factor, update.dense, decay)
 
 
 def move_codes(
@@ -187,33 +187,36 @@ def move_codes(
     noise: Tensor,
     start: int,
     ok: Tensor,
-) -> None:
-    """Decode a block of rows of a quantised W, update it and store it again, with fresh scales.
+) -> dict[str, Tensor]:
+    """Decode a block of rows of a quantised W, update it and code it again, with fresh scales.
 
     Args:
         kind: What is known of the parameter.
         codec: How its rows become entries.
-        held: The entries of the rows, to be written.
+        held: The entries of the rows.
         g: Their gradient.
         change: Theirs; nothing in it is left to be projected back.
         noise: A seed.
         start: Index of the block's first element.
         ok: Whether the gradient is finite.
+
+    Returns:
+        The new entries. (Compiled code that wrote them itself would be four times slower.)
     """
     new = _moved(codec.decode(held, torch.float32), g, change, first=kind.composition.rule.decay_first)
-    for name, value in codec.encode(new, noise, start).items():
-        held[name].copy_(torch.where(ok, value, held[name]))
+    coded = codec.encode(new, noise, start).items()
+    return {name: torch.where(ok, value, held[name]) for name, value in coded}
 
 
 def _moved(w: Tensor, g: Tensor, change: Change, *, first: bool) -> Tensor:
     """Return W after its decay and the parts of the update that have its size."""
-    if change.keep is not None and first:
-        w = change.keep * w
+    if change.decay is not None and first:
+        w = w - change.decay * w
     if change.factor is not None:
         w = w - change.factor * g
     if change.dense is not None:
         w = w - change.dense
-    return change.keep * w if change.keep is not None and not first else w
+    return w - change.decay * w if change.decay is not None and not first else w
 
 
 def _rounded(value: Tensor, dtype: torch.dtype, noise: Tensor, stochastic: bool) -> Tensor:
@@ -225,6 +228,19 @@ def _rounded(value: Tensor, dtype: torch.dtype, noise: Tensor, stochastic: bool)
 def compute_dtype(w: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic: float32, or float64 for float64 weights."""
     return torch.float64 if w.dtype == torch.float64 else torch.float32
+
+
+def is_finite(g: Tensor) -> Tensor:
+    """Return whether all of a gradient is finite, a 0-d bool on its device, without a copy of it."""
+    # A sum in another dtype would copy; only float16 has so little range that the sum itself overflows.
+    return torch.isfinite(g.sum(dtype=torch.float32) if g.dtype == torch.float16 else g.sum())
+
+
+def square_sum(g: Tensor) -> Tensor:
+    """Return the sum of squares in the dtype of the arithmetic, block by block: narrow ones are copied."""
+    parts = g.flatten().split(CHUNK << 4) if g.element_size() < 4 else (g,)
+    norms = [torch.linalg.vector_norm(part, dtype=compute_dtype(g)) for part in parts]
+    return torch.stack(norms).square().sum()
 
 
 def chunks(count: int, block: int, size: int = CHUNK) -> list[tuple[int, int]]:

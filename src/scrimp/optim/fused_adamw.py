@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from scrimp.base.protocols import QuantizedParameter
+from scrimp.optim.arithmetic import is_finite
 from scrimp.optim.pieces import Composition, Entries, Options, Reset
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.stores.full import Full
@@ -47,8 +48,7 @@ def fused_adamw(
         options: lr, betas, eps and weight_decay.
     """
     device, (beta1, beta2) = params[0].device, options["betas"]
-    sums = torch.stack([g.sum(dtype=torch.float32) for g in grads])
-    is_bad = sums.sum().isfinite().logical_not().to(torch.float32)
+    is_bad = torch.stack([is_finite(g) for g in grads]).all().logical_not().to(torch.float32)
     step = torch.full((), float(states[0]["step"]), device=device)
     adamw(
         list(params),

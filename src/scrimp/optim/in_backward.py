@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
-from scrimp.optim.arithmetic import compute_dtype
+from scrimp.optim.arithmetic import square_sum
 from scrimp.optim.clipping import MARGIN
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class BackwardUpdates:
         self._optimizer.check(p, p.grad)
         is_last = self._count[p] == self.micro_batches
         if self._clip:
-            self._squares.append(_square(p.grad))
+            self._squares.append(square_sum(p.grad))
             if self._waits_small(p):
                 self._add_small(p)
             return
@@ -125,7 +125,7 @@ class BackwardUpdates:
         if not whole:
             self._add_small(p)
         if is_last:
-            self._squares.append(_square(p.grad if whole else self._small[p]))
+            self._squares.append(square_sum(p.grad if whole else self._small[p]))
             self._update(p)
 
     def _needs_gradient(self, p: nn.Parameter) -> bool:
@@ -156,7 +156,7 @@ class BackwardUpdates:
     def clip(self) -> Tensor:
         """Scale what waits so that the global norm is at most the limit, and return the norm before."""
         if not self._clip:
-            self._squares += [_square(self._held(p)) for p in self._waiting()]
+            self._squares += [square_sum(self._held(p)) for p in self._waiting()]
         self.norm = torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
         self._squares.clear()
         if self._clip:
@@ -187,8 +187,3 @@ class BackwardUpdates:
         held = self._small.get(p, p.grad)
         assert held is not None
         return held
-
-
-def _square(g: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(g, dtype=compute_dtype(g))
-    return norm.square()

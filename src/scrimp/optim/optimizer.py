@@ -265,8 +265,9 @@ class Optimizer(torch.optim.Optimizer):
     def begin(self, p: nn.Parameter) -> Entries:
         """Return a parameter's state, all zero where it had none."""
         state: Entries = self.state[p]
+        found = self._plans[p]
+        found.composition.store.prepare(p.device)
         if not state:
-            found = self._plans[p]
             for name, (shape, dtype) in found.layout().items():
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
             state |= dict.fromkeys(("step", *found.counters()), 0)

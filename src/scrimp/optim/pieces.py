@@ -235,6 +235,9 @@ class Lift(Protocol):
 class Store(Protocol):
     """How a slot is kept between steps. Shapes and dtypes of its entries follow from the slot alone."""
 
+    def prepare(self, device: Any) -> None:
+        """Make ready for slots on a device, before the first is encoded."""
+
     def layout(self, slot: Slot) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Return its entries: suffix ("" for the only one) to shape and dtype."""
 

@@ -23,6 +23,7 @@ from scrimp.optim.arithmetic import (
     compute_dtype,
     decode,
     encode_into,
+    is_finite,
     key,
     middle,
     moments,
@@ -104,7 +105,7 @@ class Updater:
         assert projector is not None
         noise = torch.tensor(derive(self.seed, "refresh", plan.target.name, step))
         old = None if step == 0 else plan.basis(state, g)
-        ok = torch.isfinite(g.sum(dtype=compute_dtype(g)))
+        ok = is_finite(g)
         if not (step and projector.refresh_needs_gradient):
             ok = torch.ones_like(ok)
         before = {name: state[name].clone() for name in projector.tensors(plan.target)}
@@ -135,7 +136,7 @@ class Updater:
         """Update a parameter in its own shape, flat and block by block where that is possible."""
         kind = _kind(plan, options)
         s, noise = plan.scalars(state, options, state["step"]), plan.noise(self.seed, state["step"])
-        ok = torch.isfinite(grad.sum(dtype=compute_dtype(p)))
+        ok = is_finite(grad)
         entries = _tensors(state)
         if isinstance(p, QuantizedParameter):
             self._update_codes(p, plan, kind, (grad, grad, None, entries, s, noise, ok))
@@ -170,7 +171,7 @@ class Updater:
         basis = plan.basis(state, g)
         r = projector.down(g, basis) if small is None else small
         seen = r if projector.mixes or small is not None else g
-        ok = torch.isfinite(seen.sum(dtype=compute_dtype(p)))
+        ok = is_finite(seen)
         kind, entries = _kind(plan, options), _tensors(state)
         s, noise = plan.scalars(state, options, step), plan.noise(self.seed, step)
         if isinstance(p, QuantizedParameter):
@@ -208,7 +209,9 @@ class Updater:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             mine = change.each(functools.partial(_rows, first=first, last=last))
-            move(p.stored_rows(first, last), g[first:last], mine, noise, first * columns, ok)
+            held = p.stored_rows(first, last)
+            for name, value in move(held, g[first:last], mine, noise, first * columns, ok).items():
+                held[name].copy_(value)
 
     def _function(self, make: Callable[[], Callable[..., Any]], *name: Any) -> Callable[..., Any]:
         """Return a function of arithmetic, compiled where that was asked for; made once."""

@@ -6,22 +6,13 @@ from typing import Any, Literal, Unpack
 
 from scrimp.optim.conditioners.spike_clip import SpikeClip
 from scrimp.optim.conditioners.stable import StableClip
-from scrimp.optim.named.common import Betas, Common, Pieces, defaulting, named
-from scrimp.optim.optimizer import Optimizer
+from scrimp.optim.named.common import Betas, Common, Named, Pieces, defaulting
 from scrimp.optim.pieces import Reset
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.rules.adam_mini import AdamMini as AdamMiniRule
 
 
-def AdamW(  # noqa: N802 - named as its class elsewhere
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    **common: Unpack[Common],
-) -> Optimizer:
+class AdamW(Named):
     """AdamW: Adam with decoupled weight decay, by torch's fused kernel where moments are fp32 as the weights.
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
@@ -41,19 +32,22 @@ def AdamW(  # noqa: N802 - named as its class elsewhere
     References:
         Decoupled Weight Decay Regularization, Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
     """
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    return named(params, lambda _: Pieces(Adam()), options, common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, lambda _: Pieces(Adam()), options, common)
 
 
-def AdamW8bit(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    **common: Unpack[Common],
-) -> Optimizer:
+class AdamW8bit(AdamW):
     """AdamW with moments in 8-bit blocks of 256, in a code that is dense near zero.
 
     Args:
@@ -70,19 +64,22 @@ def AdamW8bit(  # noqa: N802
     References:
         8-bit Optimizers via Block-wise Quantization, Dettmers et al., ICLR 2022, arXiv 2110.02861.
     """
-    common = defaulting(common, store="8bit")
-    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        common = defaulting(common, store="8bit")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
 
 
-def AdamW4bit(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    **common: Unpack[Common],
-) -> Optimizer:
+class AdamW4bit(AdamW):
     """AdamW with moments in 4-bit blocks of 128; the second moment's code has no zero.
 
     Args:
@@ -100,19 +97,22 @@ def AdamW4bit(  # noqa: N802
         Memory Efficient Optimizers with 4-bit States, Li et al., NeurIPS 2023, arXiv 2309.01507, in the code
         books and blocks of torchao's AdamW4bit.
     """
-    common = defaulting(common, store="4bit")
-    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        common = defaulting(common, store="4bit")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
 
 
-def AdamWFP8(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    **common: Unpack[Common],
-) -> Optimizer:
+class AdamWFP8(AdamW):
     """AdamW with moments in 8-bit floats, each group of 128 stretched to the format's range (COAT).
 
     Args:
@@ -129,19 +129,22 @@ def AdamWFP8(  # noqa: N802
     References:
         COAT, Xi et al., ICLR 2025, arXiv 2410.19313.
     """
-    common = defaulting(common, store="fp8")
-    return AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        common = defaulting(common, store="fp8")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
 
 
-def AdamMini(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class AdamMini(Named):
     """Adam-mini: one second moment for each head, row or tensor.
 
     Args:
@@ -158,22 +161,22 @@ def AdamMini(  # noqa: N802
     References:
         Adam-mini: Use Fewer Learning Rates To Gain More, Zhang et al., ICLR 2025, arXiv 2406.16793.
     """
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    return named(params, lambda _: Pieces(AdamMiniRule()), options, common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, lambda _: Pieces(AdamMiniRule()), options, common)
 
 
-def SPAM(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
-    theta: float = 5000.0,
-    warmup: int = 150,
-    variant: Literal["paper", "released"] = "paper",
-    **common: Unpack[Common],
-) -> Optimizer:
+class SPAM(Named):
     """SPAM: Adam that clips spikes of the gradient and forgets its moments every 500 steps.
 
     Args:
@@ -194,28 +197,31 @@ def SPAM(  # noqa: N802
         SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training, Huang et al., ICLR 2025,
         arXiv 2501.06842, without its element mask.
     """
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    reset = Reset(warmup=warmup, restart=False)
 
-    def pieces(options: Any) -> Pieces:
-        spikes = SpikeClip(theta=theta, every=options["reset_every"], variant=variant)
-        return Pieces(Adam(convention="hf"), conditioner=spikes, reset=reset)
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        theta: float = 5000.0,
+        warmup: int = 150,
+        variant: Literal["paper", "released"] = "paper",
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        reset = Reset(warmup=warmup, restart=False)
 
-    return named(params, pieces, options, defaulting(common, reset_every=500))
+        def pieces(options: Any) -> Pieces:
+            spikes = SpikeClip(theta=theta, every=options["reset_every"], variant=variant)
+            return Pieces(Adam(convention="hf"), conditioner=spikes, reset=reset)
+
+        super().__init__(params, pieces, options, defaulting(common, reset_every=500))
 
 
-def StableSPAM(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    gammas: Betas = (0.7, 0.9),
-    theta: float = 0.999,
-    variant: Literal["paper", "released"] = "paper",
-    **common: Unpack[Common],
-) -> Optimizer:
+class StableSPAM(Named):
     """Stable-SPAM: Adam on gradients clipped by their running maximum and scaled by their norm's history.
 
     Args:
@@ -236,12 +242,26 @@ def StableSPAM(  # noqa: N802
     References:
         Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam, Huang et al., 2025, arXiv 2502.17055.
     """
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
-    def pieces(options: Any) -> Pieces:
-        clip = StableClip(
-            gammas=(gammas[0], gammas[1]), theta=theta, every=options["reset_every"], variant=variant
-        )
-        return Pieces(Adam(), conditioner=clip)
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        gammas: Betas = (0.7, 0.9),
+        theta: float = 0.999,
+        variant: Literal["paper", "released"] = "paper",
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
-    return named(params, pieces, options, defaulting(common, reset_every=1000))
+        def pieces(options: Any) -> Pieces:
+            clip = StableClip(
+                gammas=(gammas[0], gammas[1]), theta=theta, every=options["reset_every"], variant=variant
+            )
+            return Pieces(Adam(), conditioner=clip)
+
+        super().__init__(params, pieces, options, defaulting(common, reset_every=1000))

@@ -14,40 +14,21 @@ from typing import Any, Literal, Unpack
 from scrimp.optim.lifts.scaling import ScaleGradient
 from scrimp.optim.named.common import Betas, Common
 from scrimp.optim.named.subspace import (
+    LowRank,
     Projected,
     Variant,
     adam_options,
     check_channels,
     check_variant,
-    low_rank,
     singular_vectors,
 )
-from scrimp.optim.optimizer import Optimizer
 from scrimp.optim.pieces import Options, Projector
 from scrimp.optim.projectors.orientation import require
 from scrimp.optim.projectors.random import Random
 from scrimp.optim.rules.adam import Adam
 
 
-def Apollo(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    rank: int | None = 256,
-    refresh_every: int = 200,
-    scale: float = 1.0,
-    side: str = "std",
-    scale_type: Literal["channel", "tensor"] = "channel",
-    proj: Literal["random", "svd"] = "random",
-    scale_front: bool = False,
-    gamma: float | None = 1.01,
-    hold: bool = False,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
-    variant: Variant = "paper",
-    **common: Unpack[Common],
-) -> Optimizer:
+class Apollo(LowRank):
     """APOLLO: the gradient itself, scaled by what Adam does to a random sketch of it.
 
     Args:
@@ -79,59 +60,71 @@ def Apollo(  # noqa: N802
     References:
         APOLLO: SGD-like Memory, AdamW-level Performance, Zhu et al., MLSys 2025, arXiv 2412.05270.
     """
-    check_variant(variant)
-    released = variant == "released"
 
-    def project(options: Options) -> Projected:
-        check_channels(options)
-        require("scale_type", options["scale_type"], ("channel", "tensor"))
-        require("proj", options["proj"], ("random", "svd"))
-        projector: Projector
-        if options["proj"] == "svd":
-            projector = singular_vectors(options, variant, common.get("seed", 0))
-        else:
-            projector = Random(
-                rank=options["rank"],
-                every=options["refresh_every"],
-                side=options["side"],
-                seed=common.get("seed", 0) + released,
-                hold=hold,
-                released=released,
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        rank: int | None = 256,
+        refresh_every: int = 200,
+        scale: float = 1.0,
+        side: str = "std",
+        scale_type: Literal["channel", "tensor"] = "channel",
+        proj: Literal["random", "svd"] = "random",
+        scale_front: bool = False,
+        gamma: float | None = 1.01,
+        hold: bool = False,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        variant: Variant = "paper",
+        **common: Unpack[Common],
+    ) -> None:
+        check_variant(variant)
+        released = variant == "released"
+
+        def project(options: Options) -> Projected:
+            check_channels(options)
+            require("scale_type", options["scale_type"], ("channel", "tensor"))
+            require("proj", options["proj"], ("random", "svd"))
+            projector: Projector
+            if options["proj"] == "svd":
+                projector = singular_vectors(options, variant, common.get("seed", 0))
+            else:
+                projector = Random(
+                    rank=options["rank"],
+                    every=options["refresh_every"],
+                    side=options["side"],
+                    seed=common.get("seed", 0) + released,
+                    hold=hold,
+                    released=released,
+                )
+            return Projected(
+                projector, ScaleGradient(options["scale"], options["scale_type"], gamma, scale_front)
             )
-        return Projected(
-            projector, ScaleGradient(options["scale"], options["scale_type"], gamma, scale_front)
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {
+            "rank": rank,
+            "refresh_every": refresh_every,
+            "scale": scale,
+            "side": side,
+            "scale_type": scale_type,
+            "proj": proj,
+        }
+        super().__init__(
+            params,
+            Adam(convention="hf"),
+            project,
+            options,
+            projected,
+            common,
+            authors={"scale": math.sqrt},
         )
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {
-        "rank": rank,
-        "refresh_every": refresh_every,
-        "scale": scale,
-        "side": side,
-        "scale_type": scale_type,
-        "proj": proj,
-    }
-    return low_rank(
-        params,
-        Adam(convention="hf"),
-        project,
-        options,
-        projected,
-        common,
-        authors={"scale": math.sqrt},
-    )
 
-
-def ApolloMini(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    refresh_every: int = 200,
-    scale: float = 128**0.5,
-    weight_decay: float = 0.0,
-    variant: Variant = "paper",
-    **common: Unpack[Common],
-) -> Optimizer:
+class ApolloMini(Apollo):
     """APOLLO-Mini: `Apollo` with a sketch of rank 1 and one factor a matrix; the memory of SGD.
 
     Args:
@@ -149,15 +142,27 @@ def ApolloMini(  # noqa: N802
     References:
         APOLLO: SGD-like Memory, AdamW-level Performance, Zhu et al., MLSys 2025, arXiv 2412.05270.
     """
-    return Apollo(
-        params,
-        lr=lr,
-        rank=1,
-        refresh_every=refresh_every,
-        scale=scale,
-        scale_type="tensor",
-        scale_front=True,
-        weight_decay=weight_decay,
-        variant=variant,
-        **common,
-    )
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        refresh_every: int = 200,
+        scale: float = 128**0.5,
+        weight_decay: float = 0.0,
+        variant: Variant = "paper",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            rank=1,
+            refresh_every=refresh_every,
+            scale=scale,
+            scale_type="tensor",
+            scale_front=True,
+            weight_decay=weight_decay,
+            variant=variant,
+            **common,
+        )

@@ -51,16 +51,8 @@ class Pieces(NamedTuple):
     reset: Reset | None = None
 
 
-def named(
-    params: Any,
-    pieces: Callable[[Options], Pieces],
-    options: Mapping[str, Any],
-    common: Common,
-    *,
-    projected: Mapping[str, Any] | None = None,
-    authors: Authors | None = None,
-) -> Optimizer:
-    """Return the optimizer of some pieces.
+class Named(Optimizer):
+    """An optimizer of some pieces.
 
     Args:
         params: A model, parameters, or groups.
@@ -73,26 +65,39 @@ def named(
     Raises:
         TypeError: A common option is unknown.
     """
-    odd = common.keys() - Common.__annotations__.keys()
-    if odd:
-        name = min(odd)
-        known = [*Common.__annotations__, *options, *(projected or ())]
-        raise TypeError(f"there is no option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-    every = {
-        **options,
-        "store": common.get("store", "fp32"),
-        "reset_every": common.get("reset_every", 0),
-    }
-    return Optimizer(
-        params,
-        compose=lambda options: _composed(options, pieces(options)),
-        options=every,
-        projected=projected,
-        authors=authors,
-        seed=common.get("seed", 0),
-        maximize=common.get("maximize", False),
-        compile=common.get("compile", False),
-    )
+
+    def __init__(
+        self,
+        params: Any,
+        pieces: Callable[[Options], Pieces],
+        options: Mapping[str, Any],
+        common: Common,
+        *,
+        projected: Mapping[str, Any] | None = None,
+        authors: Authors | None = None,
+    ) -> None:
+        odd = common.keys() - Common.__annotations__.keys()
+        if odd:
+            name = min(odd)
+            known = [*Common.__annotations__, *options, *(projected or ())]
+            raise TypeError(
+                f"there is no option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+            )
+        every = {
+            **options,
+            "store": common.get("store", "fp32"),
+            "reset_every": common.get("reset_every", 0),
+        }
+        super().__init__(
+            params,
+            compose=lambda options: _composed(options, pieces(options)),
+            options=every,
+            projected=projected,
+            authors=authors,
+            seed=common.get("seed", 0),
+            maximize=common.get("maximize", False),
+            compile=common.get("compile", False),
+        )
 
 
 def _composed(options: Options, pieces: Pieces) -> Composition:

@@ -16,34 +16,20 @@ from scrimp.optim.conditioners.natural_gradient import NaturalGradient
 from scrimp.optim.lifts.back import ProjectBack
 from scrimp.optim.named.common import Betas, Common, defaulting
 from scrimp.optim.named.subspace import (
+    LowRank,
     Projected,
     Variant,
     adam_options,
     check_variant,
-    low_rank,
     singular_vectors,
 )
-from scrimp.optim.optimizer import Optimizer
 from scrimp.optim.pieces import Options
 from scrimp.optim.projectors.refresh import Lazy
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.stores.int_groups import Group4
 
 
-def GaLore(  # noqa: N802 - named as its class elsewhere
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    rank: int | None = 128,
-    refresh_every: int = 200,
-    scale: float = 0.25,
-    side: str = "std",
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
-    variant: Variant = "released",
-    **common: Unpack[Common],
-) -> Optimizer:
+class GaLore(LowRank):
     """GaLore: Adam in the leading singular subspace of the gradient.
 
     Args:
@@ -66,39 +52,42 @@ def GaLore(  # noqa: N802 - named as its class elsewhere
         GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, Zhao et al., ICML 2024,
         arXiv 2403.03507.
     """
-    check_variant(variant)
 
-    def project(options: Options) -> Projected:
-        return Projected(
-            singular_vectors(options, variant, common.get("seed", 0)), ProjectBack(options["scale"])
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        rank: int | None = 128,
+        refresh_every: int = 200,
+        scale: float = 0.25,
+        side: str = "std",
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        variant: Variant = "released",
+        **common: Unpack[Common],
+    ) -> None:
+        check_variant(variant)
+
+        def project(options: Options) -> Projected:
+            return Projected(
+                singular_vectors(options, variant, common.get("seed", 0)), ProjectBack(options["scale"])
+            )
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
+        super().__init__(
+            params,
+            Adam(convention="hf"),
+            project,
+            options,
+            projected,
+            common,
         )
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
-    return low_rank(
-        params,
-        Adam(convention="hf"),
-        project,
-        options,
-        projected,
-        common,
-    )
 
-
-def GaLore8bit(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    rank: int | None = 128,
-    refresh_every: int = 200,
-    scale: float = 0.25,
-    side: str = "std",
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    variant: Variant = "released",
-    **common: Unpack[Common],
-) -> Optimizer:
+class GaLore8bit(LowRank):
     """8-bit GaLore: GaLore with block-wise quantised moments, over bitsandbytes' form of Adam (torch's).
 
     The basis is not quantised. The authors' class has a default weight decay of 0.01, their scripts 0; it
@@ -123,39 +112,42 @@ def GaLore8bit(  # noqa: N802
     References:
         GaLore, Zhao et al., ICML 2024, arXiv 2403.03507, section 4.3.
     """
-    check_variant(variant)
 
-    def project(options: Options) -> Projected:
-        return Projected(
-            singular_vectors(options, variant, common.get("seed", 0)), ProjectBack(options["scale"])
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        rank: int | None = 128,
+        refresh_every: int = 200,
+        scale: float = 0.25,
+        side: str = "std",
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        variant: Variant = "released",
+        **common: Unpack[Common],
+    ) -> None:
+        check_variant(variant)
+
+        def project(options: Options) -> Projected:
+            return Projected(
+                singular_vectors(options, variant, common.get("seed", 0)), ProjectBack(options["scale"])
+            )
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
+        super().__init__(
+            params,
+            Adam(),
+            project,
+            options,
+            projected,
+            defaulting(common, store="8bit"),
         )
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
-    return low_rank(
-        params,
-        Adam(),
-        project,
-        options,
-        projected,
-        defaulting(common, store="8bit"),
-    )
 
-
-def QGaLore(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    rank: int | None = 128,
-    refresh_every: int = 200,
-    scale: float = 0.25,
-    threshold: float = 0.4,
-    betas: Betas = (0.9, 0.95),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    variant: Variant = "released",
-    **common: Unpack[Common],
-) -> Optimizer:
+class QGaLore(LowRank):
     """Q-GaLore's optimizer half: 8-bit GaLore with a 4-bit basis that is chosen anew lazily.
 
     Its other half are int8 weights with stochastic rounding (`scrimp.weights`). The period of a matrix
@@ -183,44 +175,46 @@ def QGaLore(  # noqa: N802
         Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients, Zhang et al.,
         2024, arXiv 2407.08296.
     """
-    check_variant(variant)
-    released = variant == "released"
 
-    def project(options: Options) -> Projected:
-        lazy = Lazy(threshold=threshold, signed=released)
-        return Projected(
-            singular_vectors({**options, "side": "std"}, variant, common.get("seed", 0), lazy),
-            ProjectBack(options["scale"]),
-            basis_store=Group4(released=released),
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        rank: int | None = 128,
+        refresh_every: int = 200,
+        scale: float = 0.25,
+        threshold: float = 0.4,
+        betas: Betas = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        variant: Variant = "released",
+        **common: Unpack[Common],
+    ) -> None:
+        check_variant(variant)
+        released = variant == "released"
+
+        def project(options: Options) -> Projected:
+            lazy = Lazy(threshold=threshold, signed=released)
+            return Projected(
+                singular_vectors({**options, "side": "std"}, variant, common.get("seed", 0), lazy),
+                ProjectBack(options["scale"]),
+                basis_store=Group4(released=released),
+            )
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale}
+        super().__init__(
+            params,
+            Adam(),
+            project,
+            options,
+            projected,
+            defaulting(common, store="8bit"),
         )
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale}
-    return low_rank(
-        params,
-        Adam(),
-        project,
-        options,
-        projected,
-        defaulting(common, store="8bit"),
-    )
 
-
-def NaturalGaLore(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    rank: int | None = 128,
-    refresh_every: int = 200,
-    scale: float = 0.25,
-    history: int = 20,
-    damping: float = 1e-3,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
-    variant: Variant = "released",
-    **common: Unpack[Common],
-) -> Optimizer:
+class NaturalGaLore(LowRank):
     """Natural GaLore: GaLore on the natural gradient of the subspace.
 
     Args:
@@ -245,23 +239,40 @@ def NaturalGaLore(  # noqa: N802
         Natural GaLore: Accelerating GaLore for Memory-Efficient LLM Training and Fine-Tuning, Das, 2024,
         arXiv 2410.16029.
     """
-    check_variant(variant)
-    side = "full" if variant == "released" else "std"
 
-    def project(options: Options) -> Projected:
-        return Projected(
-            singular_vectors({**options, "side": side}, variant, common.get("seed", 0)),
-            ProjectBack(options["scale"]),
-            conditioner=NaturalGradient(history=history, damping=damping),
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        rank: int | None = 128,
+        refresh_every: int = 200,
+        scale: float = 0.25,
+        history: int = 20,
+        damping: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        variant: Variant = "released",
+        **common: Unpack[Common],
+    ) -> None:
+        check_variant(variant)
+        side = "full" if variant == "released" else "std"
+
+        def project(options: Options) -> Projected:
+            return Projected(
+                singular_vectors({**options, "side": side}, variant, common.get("seed", 0)),
+                ProjectBack(options["scale"]),
+                conditioner=NaturalGradient(history=history, damping=damping),
+            )
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale}
+        super().__init__(
+            params,
+            Adam(convention="hf"),
+            project,
+            options,
+            projected,
+            common,
         )
-
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale}
-    return low_rank(
-        params,
-        Adam(convention="hf"),
-        project,
-        options,
-        projected,
-        common,
-    )

@@ -18,15 +18,14 @@ from scrimp.optim.lifts.residual import ScaledResidual
 from scrimp.optim.lifts.sign import SignResidual
 from scrimp.optim.named.common import Betas, Common
 from scrimp.optim.named.subspace import (
+    LowRank,
     Projected,
     Variant,
     adam_options,
     check_channels,
     check_variant,
-    low_rank,
     singular_vectors,
 )
-from scrimp.optim.optimizer import Optimizer
 from scrimp.optim.pieces import Lift, Options, Projector
 from scrimp.optim.projectors.blocks import Blocks, Order
 from scrimp.optim.projectors.coordinates import Coordinates
@@ -35,21 +34,7 @@ from scrimp.optim.projectors.orientation import require
 from scrimp.optim.rules.adam import Adam
 
 
-def Fira(  # noqa: N802 - named as its class elsewhere
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    rank: int | None = 128,
-    refresh_every: int = 200,
-    scale: float = 0.25,
-    side: str = "std",
-    gamma: float | None = 1.01,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
-    variant: Variant = "released",
-    **common: Unpack[Common],
-) -> Optimizer:
+class Fira(LowRank):
     """Fira: GaLore, and the rest of the gradient scaled channel by channel.
 
     Args:
@@ -76,41 +61,43 @@ def Fira(  # noqa: N802 - named as its class elsewhere
         Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, Chen et al., NeurIPS 2025,
         arXiv 2410.01623.
     """
-    check_variant(variant)
 
-    def project(options: Options) -> Projected:
-        check_channels(options)
-        lift = ScaledResidual(options["scale"], gamma, variant)
-        return Projected(singular_vectors(options, variant, common.get("seed", 0)), lift)
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        rank: int | None = 128,
+        refresh_every: int = 200,
+        scale: float = 0.25,
+        side: str = "std",
+        gamma: float | None = 1.01,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        variant: Variant = "released",
+        **common: Unpack[Common],
+    ) -> None:
+        check_variant(variant)
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
-    return low_rank(
-        params,
-        Adam(convention="hf"),
-        project,
-        options,
-        projected,
-        common,
-    )
+        def project(options: Options) -> Projected:
+            check_channels(options)
+            lift = ScaledResidual(options["scale"], gamma, variant)
+            return Projected(singular_vectors(options, variant, common.get("seed", 0)), lift)
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
+        super().__init__(
+            params,
+            Adam(convention="hf"),
+            project,
+            options,
+            projected,
+            common,
+        )
 
 
-def Frugal(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    density: float | None = 0.25,
-    refresh_every: int = 200,
-    scale: float = 1.0,
-    projector: Literal["blocks", "columns", "rows", "elements"] = "blocks",
-    order: Order = "random",
-    residual: Literal["sign", "sgd", "none"] = "sign",
-    residual_scale: float = 1.0,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class Frugal(LowRank):
     """FRUGAL: Adam on a part of the gradient, sign-SGD without state on the rest.
 
     Moments and bias correction begin anew with each choice of the part.
@@ -137,48 +124,52 @@ def Frugal(  # noqa: N802
         FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training, Zmushko et
         al., ICML 2025, arXiv 2411.07837.
     """
-    require("projector", projector, ("blocks", "columns", "rows", "elements"))
-    require("residual", residual, ("sign", "sgd", "none"))
 
-    def project(options: Options) -> Projected:
-        density, every, scale = options["density"], options["refresh_every"], options["scale"]
-        part: Projector
-        if projector == "blocks":
-            part = Blocks(density=density, order=order, every=every, seed=common.get("seed", 0))
-        else:
-            part = Coordinates(density=density, kind=projector, every=every, seed=common.get("seed", 0))
-        lift: Lift = ProjectBack(scale)
-        if residual != "none":
-            lift = SignResidual(scale, residual_scale, residual)
-        return Projected(part, lift)
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        density: float | None = 0.25,
+        refresh_every: int = 200,
+        scale: float = 1.0,
+        projector: Literal["blocks", "columns", "rows", "elements"] = "blocks",
+        order: Order = "random",
+        residual: Literal["sign", "sgd", "none"] = "sign",
+        residual_scale: float = 1.0,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        require("projector", projector, ("blocks", "columns", "rows", "elements"))
+        require("residual", residual, ("sign", "sgd", "none"))
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"density": density, "refresh_every": refresh_every, "scale": scale}
-    return low_rank(
-        params,
-        Adam(),
-        project,
-        options,
-        projected,
-        common,
-    )
+        def project(options: Options) -> Projected:
+            density, every, scale = options["density"], options["refresh_every"], options["scale"]
+            part: Projector
+            if projector == "blocks":
+                part = Blocks(density=density, order=order, every=every, seed=common.get("seed", 0))
+            else:
+                part = Coordinates(density=density, kind=projector, every=every, seed=common.get("seed", 0))
+            lift: Lift = ProjectBack(scale)
+            if residual != "none":
+                lift = SignResidual(scale, residual_scale, residual)
+            return Projected(part, lift)
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"density": density, "refresh_every": refresh_every, "scale": scale}
+        super().__init__(
+            params,
+            Adam(),
+            project,
+            options,
+            projected,
+            common,
+        )
 
 
-def DCTAdamW(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    rank: int | None = 128,
-    refresh_every: int = 1,
-    scale: float = 1.0,
-    side: str = "std",
-    rotate: bool = True,
-    error_feedback: bool = False,
-    betas: Betas = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    **common: Unpack[Common],
-) -> Optimizer:
+class DCTAdamW(LowRank):
     """DCT-AdamW: AdamW in those columns of a fixed cosine basis that fit the gradient best.
 
     Args:
@@ -204,23 +195,40 @@ def DCTAdamW(  # noqa: N802
         2026, arXiv 2505.17967.
     """
 
-    def project(options: Options) -> Projected:
-        basis = Cosine(
-            rank=options["rank"],
-            every=options["refresh_every"],
-            side=options["side"],
-            on_refresh="rotate" if rotate else "keep",
-        )
-        scale = options["scale"]
-        return Projected(basis, ErrorFeedback(scale) if error_feedback else ProjectBack(scale))
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        rank: int | None = 128,
+        refresh_every: int = 1,
+        scale: float = 1.0,
+        side: str = "std",
+        rotate: bool = True,
+        error_feedback: bool = False,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
 
-    options = adam_options(lr, betas, eps, weight_decay)
-    projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
-    return low_rank(
-        params,
-        Adam(),
-        project,
-        options,
-        projected,
-        common,
-    )
+        def project(options: Options) -> Projected:
+            basis = Cosine(
+                rank=options["rank"],
+                every=options["refresh_every"],
+                side=options["side"],
+                on_refresh="rotate" if rotate else "keep",
+            )
+            scale = options["scale"]
+            return Projected(basis, ErrorFeedback(scale) if error_feedback else ProjectBack(scale))
+
+        options = adam_options(lr, betas, eps, weight_decay)
+        projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
+        super().__init__(
+            params,
+            Adam(),
+            project,
+            options,
+            projected,
+            common,
+        )

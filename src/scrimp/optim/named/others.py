@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from scrimp.optim.named.common import Betas, Common, Pieces, defaulting, named
-from scrimp.optim.optimizer import Optimizer
+from scrimp.optim.named.common import Betas, Common, Named, Pieces, defaulting
 from scrimp.optim.rules import adafactor, lion, sgd, sm3
 
 
-def SGDM(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-2,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class SGDM(Named):
     """SGD with momentum, as torch has it; the weight decay is decoupled.
 
     Args:
@@ -29,18 +21,21 @@ def SGDM(  # noqa: N802
     Memory:
         4 bytes a parameter.
     """
-    rule = sgd.SGD(momentum=momentum)
-    return named(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = sgd.SGD(momentum=momentum)
+        super().__init__(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
 
 
-def Lion(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-4,
-    betas: Betas = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class Lion(Named):
     """Lion: the sign of an interpolated momentum.
 
     Args:
@@ -56,18 +51,21 @@ def Lion(  # noqa: N802
     References:
         Symbolic Discovery of Optimization Algorithms, Chen et al., NeurIPS 2023, arXiv 2302.06675.
     """
-    options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-    return named(params, lambda _: Pieces(lion.Lion()), options, common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-4,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, lambda _: Pieces(lion.Lion()), options, common)
 
 
-def Lion8bit(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-4,
-    betas: Betas = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class Lion8bit(Lion):
     """Lion with its momentum in 8-bit blocks of 256.
 
     Args:
@@ -83,19 +81,22 @@ def Lion8bit(  # noqa: N802
     References:
         8-bit Optimizers via Block-wise Quantization, Dettmers et al., ICLR 2022, arXiv 2110.02861.
     """
-    return Lion(params, lr=lr, betas=betas, weight_decay=weight_decay, **defaulting(common, store="8bit"))
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-4,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, **defaulting(common, store="8bit")
+        )
 
 
-def Adafactor(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 1e-3,
-    momentum: float = 0.0,
-    scale_parameter: bool = False,
-    relative_step: bool = False,
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class Adafactor(Named):
     """Adafactor: second moments by row and column.
 
     Args:
@@ -114,20 +115,25 @@ def Adafactor(  # noqa: N802
         Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, Shazeer and Stern, ICML 2018,
         arXiv 1804.04235.
     """
-    rule = adafactor.Adafactor(
-        beta1=momentum or None, scale_parameter=scale_parameter, relative_step=relative_step
-    )
-    return named(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = adafactor.Adafactor(
+            beta1=momentum or None, scale_parameter=scale_parameter, relative_step=relative_step
+        )
+        super().__init__(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
 
 
-def SM3(  # noqa: N802
-    params: Any,
-    *,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    **common: Unpack[Common],
-) -> Optimizer:
+class SM3(Named):
     """SM3-II: Adagrad with one accumulator for each row and column.
 
     Args:
@@ -143,5 +149,15 @@ def SM3(  # noqa: N802
     References:
         Memory-Efficient Adaptive Optimization, Anil et al., NeurIPS 2019, arXiv 1901.11150.
     """
-    rule = sm3.SM3(momentum=momentum)
-    return named(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = sm3.SM3(momentum=momentum)
+        super().__init__(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)

@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from scrimp.base.errors import ScrimpError
 from scrimp.optim.group_options import Authors
-from scrimp.optim.named.common import Betas, Common, Pieces, named
-from scrimp.optim.optimizer import Optimizer
+from scrimp.optim.named.common import Betas, Common, Named, Pieces
 from scrimp.optim.pieces import Conditioner, Lift, Options, Projector, Rule, Store
 from scrimp.optim.projectors.orientation import require
 from scrimp.optim.projectors.refresh import Lazy
@@ -27,16 +26,8 @@ class Projected(NamedTuple):
     conditioner: Conditioner | None = None
 
 
-def low_rank(
-    params: Any,
-    rule: Rule,
-    project: Callable[[Options], Projected],
-    options: Mapping[str, Any],
-    projected: Mapping[str, Any],
-    common: Common,
-    authors: Authors | None = None,
-) -> Optimizer:
-    """Return the optimizer that runs `rule` in the subspace of some matrices, and whole on all others.
+class LowRank(Named):
+    """Runs a rule in the subspace of some matrices, and whole on all other parameters.
 
     Args:
         params: A model, parameters, or groups.
@@ -47,12 +38,23 @@ def low_rank(
         common: The common options that were given.
         authors: See `Optimizer`.
     """
-    mark = next(iter(projected))
 
-    def pieces(options: Options) -> Pieces:
-        return Pieces(rule) if options[mark] is None else Pieces(rule, *project(options))
+    def __init__(
+        self,
+        params: Any,
+        rule: Rule,
+        project: Callable[[Options], Projected],
+        options: Mapping[str, Any],
+        projected: Mapping[str, Any],
+        common: Common,
+        authors: Authors | None = None,
+    ) -> None:
+        mark = next(iter(projected))
 
-    return named(params, pieces, options, common, projected=projected, authors=authors)
+        def pieces(options: Options) -> Pieces:
+            return Pieces(rule) if options[mark] is None else Pieces(rule, *project(options))
+
+        super().__init__(params, pieces, options, common, projected=projected, authors=authors)
 
 
 def adam_options(lr: float, betas: Betas, eps: float, weight_decay: float) -> dict[str, Any]:

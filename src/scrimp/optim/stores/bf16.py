@@ -32,6 +32,9 @@ class BF16Nearest:
 
     exact: Full = field(default_factory=Full)
 
+    def prepare(self, device: torch.device) -> None:
+        """Do nothing: it needs no more than torch."""
+
     def layout(self, slot: Slot) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the one entry."""
         return self.exact.layout(slot) if slot.exact else {"": (slot.shape, torch.bfloat16)}

@@ -66,6 +66,9 @@ class Blockwise(ABC):
             return self.exact
         return replace(self, min_size=0)
 
+    def prepare(self, device: torch.device) -> None:  # noqa: B027 - most need nothing
+        """Do nothing: it needs no more than torch."""
+
     def layout(self, slot: Slot) -> Layout:
         """Return codes and numbers, all flat."""
         if not self._quantizes(slot):

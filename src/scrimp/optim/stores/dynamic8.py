@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from scrimp.optim.stores import dynamic8_kernel, dynamic_map
@@ -26,6 +27,11 @@ class Dynamic8(Blockwise):
 
     block_size: int = 256
     min_size: int = 4096
+
+    def prepare(self, device: torch.device) -> None:
+        """Build the kernel for a CPU, once a machine."""
+        if device.type == "cpu":
+            dynamic8_kernel.prepare()
 
     def quantize(self, rows: Tensor, signed: bool) -> tuple[Tensor, ...]:
         """Return codes and the largest magnitude of each block."""

@@ -85,10 +85,19 @@ def _library() -> Path:
     return library
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_IS_THERE = False
+
+
+def prepare() -> bool:
+    """Build and load the kernel where that has not been done, and tell whether it is there."""
+    global _IS_THERE  # noqa: PLW0603 - compiled code reads it, and cannot build
+    _IS_THERE = _loaded()
+    return _IS_THERE
+
+
 def available() -> bool:
-    """Build the kernel where that has not been done, and tell whether it is there."""
-    return _loaded()
+    """Tell whether `prepare` found or built the kernel."""
+    return _IS_THERE
 
 
 def encode(rows: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

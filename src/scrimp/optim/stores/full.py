@@ -21,6 +21,9 @@ class Full:
 
     dtype: torch.dtype = torch.float32
 
+    def prepare(self, device: torch.device) -> None:
+        """Do nothing: it needs no more than torch."""
+
     def layout(self, slot: Slot) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the one entry."""
         return {"": (slot.shape, self.dtype)}
