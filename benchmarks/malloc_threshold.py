@@ -152,6 +152,7 @@ def _recipe(spec: dict[str, Any]) -> tuple[Any, Any]:
     from scrimp import models
     from scrimp.defaults import settle
     from scrimp.recipe import Recipe, replace
+    from scrimp.shapes import Dimensions
 
     model, rows, seq, precision, threads, _, more = RUNS[spec["run"]]
     source = models.locate(spec["work"] if model == "gpt2" else model)
@@ -159,7 +160,8 @@ def _recipe(spec: dict[str, Any]) -> tuple[Any, Any]:
         "model.name": source.name, "batch": rows, "micro_batch": rows, "seq": seq, "precision": precision,
         "device": "cpu", "threads": threads, **more,
     }  # fmt: skip
-    recipe = settle(replace(Recipe(), fields), source, device="cpu", has_bf16=False, model=Dimensions(None, 64))
+    model = Dimensions(context=None, width=64)
+    recipe = settle(replace(Recipe(), fields), source, device="cpu", has_bf16=False, model=model)
     return recipe, models.load_config(source, vocab=259)
 
 

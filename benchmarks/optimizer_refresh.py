@@ -123,9 +123,8 @@ def _measure(
         row["faster"] = ratios(seconds["galore-torch"][name], seconds["ours"][name])
     faster = ratios(whole["galore-torch"], whole["ours"])
     least = min(row["energy_over_svd"] for row in rows.values())
-    say(
-        f"{size} rank {rank} {spectrum}: {faster['median']:.2f} x galore-torch, energy {least:.4f} of the SVD's"
-    )
+    times = f"{faster['median']:.2f} x galore-torch"
+    say(f"{size} rank {rank} {spectrum}: {times}, energy {least:.4f} of the SVD's")
     return {
         "size": size,
         "rank": rank,

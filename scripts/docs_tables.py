@@ -15,7 +15,7 @@ import yaml
 from typer.main import get_command
 
 from scrimp.cli import app
-from scrimp.methods import METHODS
+from scrimp.methods import METHODS, PIECES, Piece
 from scrimp.recipe import fields
 from scrimp.reported import sentence
 from scrimp.shapes import SHAPES
@@ -73,6 +73,49 @@ def methods_table() -> str:
     return _table(("method", "pieces", "memory", "source", "reported there"), rows)
 
 
+def _options(piece: Piece) -> str:
+    """A piece's options with their defaults, but for what every optimizer takes alike."""
+    usual = [("store", "fp32"), ("reset_every", 0)]
+    shown = [option for option in piece.options.items() if option not in usual]
+    return ", ".join(f"`{name}` {_short(value)}" for name, value in shown)
+
+
+def _short(value: object) -> str:
+    """Write an option's default in a sentence."""
+    if value is None:
+        return "a quarter of the width"
+    if isinstance(value, tuple):
+        return " and ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def pieces_table() -> str:
+    """What the choices but the optimizer may be, and what each costs."""
+    rows = [
+        (f"`{piece.choice}`", f"`{piece.name}`", piece.summary, _options(piece), piece.gives_up)
+        for piece in PIECES
+        if piece.choice != "optimizer"
+    ]
+    return _table(("choice", "piece", "what it is", "options and defaults", "gives up"), rows)
+
+
+def optimizers_table() -> str:
+    """Every optimizer's options, and its learning rate beside AdamW's."""
+    rows = [
+        (
+            f"`{piece.name}`",
+            f"`{piece.builder.partition(':')[2]}`",
+            piece.summary,
+            f"{piece.lr_ratio:g}",
+            _options(piece),
+        )
+        for piece in PIECES
+        if piece.choice == "optimizer"
+    ]
+    head = ("`optimizer.name`", "in Python", "what it is", "rate over AdamW's", "options and defaults")
+    return _table(head, rows)
+
+
 def commands_table() -> str:
     """Every command's own arguments and options; the fields of a recipe have a table of their own."""
     rows = [
@@ -88,6 +131,8 @@ TABLES = {
     "fields": fields_table,
     "shapes": shapes_table,
     "methods": methods_table,
+    "pieces": pieces_table,
+    "optimizers": optimizers_table,
     "commands": commands_table,
 }
 

@@ -36,6 +36,9 @@ TITLES = {
     "memory_budgets": "Random budgets",
     "memory_peers": "Predicted memory, beside other tools",
     "plan_time": "How long a plan takes",
+    "optimizer_step": "Optimizer steps, against the authors' packages",
+    "optimizer_refresh": "Choosing a subspace anew, against an exact SVD",
+    "optimizer_state": "Optimizer state of every method on the shapes of llama-7b",
 }
 ON_GPU = {"gpu": "On a GPU"}  # shown where there is a result, which most machines cannot make
 LEAST_TOKENISING_RATIO = 1.3
@@ -178,6 +181,48 @@ def _memory_resident(document: Document) -> list[Row]:
     ]
 
 
+def _optimizer_step(document: Document) -> list[Row]:
+    rows = []
+    for case in document["results"]["cases"]:
+        name = f"{case['method']}, {case['size']}"
+        for side, seconds in case["seconds"].items():
+            ratio = case["faster_than"].get(side, case["over_bound"])
+            over = "ours is so many times as fast" if side != "ours" else "over the bound"
+            told = f"{1000 * seconds['median']:,.0f} ms, {_spread(ratio)}"
+            rows.append((f"{name}: {side}; {over}", told, "", ""))
+    return rows + [
+        (f"{method}: seconds of compilation, cold; cached", f"{number(cold)}; {number(cached)}", "", "")
+        for method, found in document["results"]["compile"].items()
+        for cold, cached in [(found["cold"]["seconds"], found["cached"]["seconds"])]
+    ]
+
+
+def _optimizer_refresh(document: Document) -> list[Row]:
+    return [
+        (
+            f"{case['size']}, rank {case['rank']}, {case['spectrum']}: seconds, {side}",
+            _spread(seconds),
+            "",
+            "",
+        )
+        for case in document["results"]["cases"]
+        for side, seconds in case["whole_seconds"].items()
+    ]
+
+
+def _optimizer_state(document: Document) -> list[Row]:
+    return [
+        (
+            f"{row['method']} ({row['settings']}): GB; of it inside the layers"
+            + "".join(f"; paper: {said}" for said in row["reported"]),
+            f"{row['bytes'] / 1e9:.3f}; {row['inner_bytes'] / 1e9:.3f}",
+            "",
+            "",
+        )
+        for row in document["results"]["rows"]
+    ]
+
+
 OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "loop": _loop,
     "openmp_wait": _openmp_wait,
@@ -186,6 +231,9 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "kills": _kills,
     "memory_peers": _memory_peers,
     "memory_resident": _memory_resident,
+    "optimizer_step": _optimizer_step,
+    "optimizer_refresh": _optimizer_refresh,
+    "optimizer_state": _optimizer_state,
 }
 
 

@@ -277,6 +277,22 @@ def test_every_command_that_is_shown_parses() -> None:
         GROUP.commands[name].make_context(name, list(words))  # raises where it does not parse
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' Trainer warns of torch's own changes
+def test_the_guide_to_the_optimizers_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "guide" / "optimizers.md").read_text(encoding="utf-8")
+    blocks = [block for kind, block in BLOCK.findall(page) if kind == "python"]
+    names: dict[str, Any] = {"__name__": "guide"}
+    for block in blocks:
+        exec(compile(block, "optimizers.md", "exec"), names)  # noqa: S102
+    assert len(blocks) > 10
+    shown = next(block for kind, block in BLOCK.findall(page) if kind == "text")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in shown.splitlines() if line not in ("...", *printed)] == []
+
+
 def test_every_option_that_is_named_exists() -> None:
     general = {option for parameter in GROUP.params for option in parameter.opts} | {"--help"}
     known = {name: {o for p in c.params for o in p.opts} | general for name, c in GROUP.commands.items()}

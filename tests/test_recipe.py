@@ -106,10 +106,8 @@ def test_an_error_of_a_field_of_two_types_names_the_field_alone(lr: Any) -> None
 def test_an_unknown_piece_is_refused_once_not_with_its_path_twice() -> None:
     with pytest.raises(ScrimpError) as caught:
         parse({"optimizer": "adamv"})
-    assert (
-        str(caught.value)
-        == "recipe: optimizer.name: there is no 'adamv' (did you mean 'adamw'?); known: adamw"
-    )
+    said = "recipe: optimizer.name: there is no 'adamv' (did you mean 'adamw'?); known: adamw, adamw-8bit, "
+    assert str(caught.value).startswith(said)
 
 
 @pytest.mark.parametrize(

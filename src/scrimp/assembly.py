@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,20 +87,19 @@ def make_placement(recipe: Recipe) -> Placement:
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """Make the optimizer of a resolved recipe over what trains of a model."""
     settings, seed = recipe.optimizer, derive(recipe.seed, "optimizer")
-    make = functools.partial(_builder("optimizer", recipe), lr=settings.lr, **_options("optimizer", recipe))
+    rate = {} if settings.lr is None else {"lr": settings.lr}  # an unsettled recipe is planned with any
+    make = functools.partial(_builder("optimizer", recipe), **rate, **_options("optimizer", recipe))
     return cast("Optimizer", make(model, seed=seed, compile=bool(settings.compile)))
 
 
-def make_updates(recipe: Recipe, optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> Updates:
-    """Decide where updates run: inside the backward pass, or at the end of the step.
+def fuse(recipe: Recipe, optimizer: Optimizer) -> Updates | None:
+    """Let updates run inside the backward pass, where a resolved recipe asks for it.
 
     Raises:
-        ScrimpError: Inside the backward pass they could not be exact.
+        ScrimpError: They could not be exact there.
     """
-    from scrimp.optim.clipping import AtStep
-
     if not recipe.optimizer.fused_backward:
-        return AtStep(optimizer, tuple(trained.values()), recipe.clip)
+        return None
     assert recipe.batch is not None and recipe.micro_batch is not None
     return optimizer.fuse_backward(micro_batches=recipe.batch // recipe.micro_batch, clip=recipe.clip)
 
@@ -111,9 +110,10 @@ def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
 
 
 def _options(choice: Choice, recipe: Recipe) -> dict[str, Any]:
-    """Return the options of a choice's piece as the recipe has them."""
+    """Return the options of a choice's piece that the recipe has; a builder knows its own defaults."""
     section = getattr(recipe, choice)
-    return {name: getattr(section, name) for name in piece(choice, section.name).options}
+    given = {name: getattr(section, name) for name in piece(choice, section.name).options}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def load_function(where: str) -> Callable[..., Any]:

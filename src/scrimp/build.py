@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scrimp import data, models
-from scrimp.assembly import assemble, make_optimizer, make_placement, make_updates
+from scrimp.assembly import assemble, fuse, make_optimizer, make_placement
 from scrimp.base import extras
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
@@ -95,7 +95,7 @@ class Job:
         loss: The loss over a micro-batch.
         estimator: Where gradients come from.
         optimizer: How they become steps.
-        updates: Where the optimizer's updates run.
+        fused: The updates that run inside the backward pass; None where all run at the step.
         activations: What the backward pass keeps.
         placement: Where tensors live.
         loader: The training batches.
@@ -113,7 +113,7 @@ class Job:
     loss: Loss
     estimator: Estimator
     optimizer: torch.optim.Optimizer
-    updates: Updates
+    fused: Updates | None
     activations: Activations
     placement: Placement
     loader: Loader
@@ -250,7 +250,7 @@ def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, sa
         loss=made.loss,
         estimator=made.estimator,
         optimizer=optimizer,
-        updates=make_updates(recipe, optimizer, made.trained),
+        fused=fuse(recipe, optimizer),
         activations=made.activations,
         placement=placement,
         loader=make_loader(prepared, recipe),

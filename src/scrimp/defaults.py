@@ -111,7 +111,7 @@ def choose(recipe: Recipe, chosen: Mapping[str, Any], stated: Mapping[str, Any],
         The recipe; None where a chosen piece does not take an option that was stated.
     """
     options = {f"{choice}.{name}" for choice in OPTIONAL for name in options_of(choice)}
-    kept = {name: value for name, value in stated.items() if name in options}
+    kept = {name: value for name, value in stated.items() if name in options and value is not None}
     bare = replace(recipe, {**dict.fromkeys(options), **chosen})
     for choice in OPTIONAL:
         taken = piece(choice, getattr(bare, choice).name).options

@@ -79,7 +79,7 @@ def test_what_works_on_cuda_alone_is_missing_elsewhere() -> None:
     ("names", "said"),
     [
         (["adanw"], "did you mean 'adamw'"),
-        (["galore"], "galore-torch"),
+        (["galore-troch"], "did you mean 'galore-torch'"),
         (["adamw", "adamw"], "twice"),
         (["adamw+recompote"], "did you mean 'recompute'"),
         (["galore-torch+bf16"], "leave +bf16 out"),

@@ -316,7 +316,8 @@ def test_trainer_takes_the_same_steps_as_our_loop(
         torch.testing.assert_close(theirs.trained[name], p, rtol=1e-5, atol=1e-7)
     every = ours.recipe.evaluation.every
     assert every is not None and evaluated == [s for s in (1, 2, 3) if s % every == 0 or s == 3]
-    assert state_bytes(theirs.optimizer) == state_bytes(ours.optimizer) > 0
+    counts = 4 * len(theirs.trained)  # torch counts steps in a tensor for each parameter
+    assert state_bytes(theirs.optimizer) == state_bytes(ours.optimizer) + counts
 
 
 def test_trainer_says_nothing_on_standard_output(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

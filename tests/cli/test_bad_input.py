@@ -94,6 +94,7 @@ ZERO_IS_A_VALUE = {
     "data.held_out",
     "optimizer.betas",
     "optimizer.weight_decay",
+    "optimizer.reset_every",
     "schedule.warmup",
     "schedule.floor",
 }

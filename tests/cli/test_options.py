@@ -10,11 +10,12 @@ import pytest
 import typer
 
 from scrimp.cli import app, options
+from scrimp.methods import PIECES
 from scrimp.recipe import Recipe, fields, flat, replace
 
 # The short names that exist, as the project's users may rely on them.
 SHORT = {
-    *("--model", "--data", "--tune", "--optimizer", "--lr", "--steps", "--tokens", "--batch"),
+    *("--model", "--data", "--weights", "--tune", "--optimizer", "--lr", "--steps", "--tokens", "--batch"),
     *("--micro-batch", "--seq", "--clip", "--seed", "--precision", "--device", "--threads", "--memory"),
     *("--log", "--out", "--resume", "--overwrite"),
 }
@@ -73,6 +74,11 @@ def test_help_shows_what_every_field_means(declared: dict[str, Any]) -> None:
 
 
 VALUES = {
+    "tune.order": "descending",
+    "optimizer.momentum": "0.5",
+    "optimizer.density": "0.5",
+    "optimizer.store": "8bit",
+    "optimizer.variant": "paper",
     "schedule.exponent": "-0.7",
     "model.name": "llama-9m",
     "data.path": "x.txt",
@@ -95,6 +101,16 @@ VALUES = {
 }
 
 
+def _its_piece(field: str) -> dict[str, str]:
+    """Return the piece that takes an option which the default one does not, as fields of a recipe."""
+    choice, _, option = field.partition(".")
+    takers = [entry for entry in PIECES if entry.choice == choice and option in entry.options]
+    default = getattr(getattr(Recipe(), choice, None), "name", None)
+    if not takers or default in [entry.name for entry in takers]:
+        return {}
+    return {f"{choice}.name": takers[0].name}
+
+
 def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each field is given a value of its own by the command line, and found in the recipe."""
     reached, stated = 0, dict[str, Any]()
@@ -108,9 +124,9 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         with command.commands["train"].make_context("train", arguments) as context:
             given = {key: v for key, v in context.params.items() if v not in (None, False, [], ())}
         assert list(given) == [options._PREFIX + field.replace(".", "__")]
-        recipe = replace(Recipe(), {field: next(iter(given.values()))})
+        recipe = replace(Recipe(), {**_its_piece(field), field: next(iter(given.values()))})
         stated = flat(recipe, stated_only=True)
-        assert list(stated) == [field]
+        assert stated.keys() == {field, *_its_piece(field)}
         assert stated[field] is not None
         reached += 1
     assert reached == len(fields())

@@ -103,7 +103,7 @@ def test_weights_gradients_and_state_are_counted_by_their_dtype() -> None:
         ledger = _estimate(precision=precision)
         for moment in ledger.moments:
             assert moment.terms["weights"] == width * count
-            assert moment.terms["optimizer state"] == 2 * width * count
+            assert moment.terms["optimizer state"] == 8 * count  # two moments in fp32, whatever the weights
             assert moment.terms["fixed"] == FIXED
         step = ledger.moments[-1]
         assert step.name == "optimizer step"

@@ -18,7 +18,7 @@ from scrimp.memory.machine import CUDA_CONTEXT
 from scrimp.memory.observer import Observer, PeakMeter, fixed_bytes, free_bytes
 from scrimp.memory.profile import highest
 from scrimp.memory.profiling import Tracer
-from scrimp.optim import adamw
+from scrimp.optim import AdamW
 from scrimp.recipe import Recipe, replace
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 def make_step(rows: int, seq: int) -> tuple[Any, LlamaForCausalLM, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=8192))
-    optimizer = adamw(model.parameters(), lr=1e-3)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(0, 8192, (rows, seq))
     batch = MicroBatch(ids, ids, None, rows * seq)
 

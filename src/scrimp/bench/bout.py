@@ -18,7 +18,6 @@ from scrimp.build import Inputs, Job, build
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.observer import PeakMeter
 from scrimp.memory.state_bytes import state_bytes
-from scrimp.optim.clipping import AtStep
 from scrimp.recipe import flat
 from scrimp.report.lines import LineReporter
 from scrimp.schedules import learning_rate
@@ -201,6 +200,5 @@ def bout(inputs: Inputs, peer: Peer | None, reporter: LineReporter) -> Iterator[
         settings: Mapping[str, Any] = {}
         if peer is not None:
             settings = peer.settings if peer.brings_loop else load_function(peer.adapt)(job, peer.settings)
-            job.updates = AtStep(job.optimizer, tuple(job.trained.values()), job.recipe.clip)
         with trimming(job.model, heap):
             yield Bout(job=job, peer=peer, settings=settings, meter=meter, watch=Watch(job, meter))

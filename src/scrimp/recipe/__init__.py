@@ -113,7 +113,8 @@ class Recipe(Section):
         taken, optional = piece(info.field_name, value.name).options, options_of(info.field_name)
         odd = [name for name in optional if getattr(value, name) is not None and name not in taken]
         if odd:
-            raise ValueError(f"{value.name} has no {odd[0]}; its options: {', '.join(taken) or 'none'}")
+            has = f"its options are {', '.join(taken)}" if taken else "it has no options"
+            raise ValueError(f"{info.field_name}.{odd[0]}: {value.name} does not take it; {has}")
         return value
 
     @field_validator("memory", mode="after")

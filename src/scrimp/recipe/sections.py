@@ -153,9 +153,8 @@ class Optimizer(Section):
         default=None, ge=1, description="steps between choices of the subspace"
     )
     scale: float | None = Field(default=None, gt=0, description="factor of the update")
-    projector: str | None = Field(default=None, description="how the subspace is chosen")
-    store: str | None = Field(
-        default=None, description="how moments are kept: fp32, bf16, bf16-nearest, 8bit, 4bit, fp8, fp8-plain"
+    store: Literal["fp32", "bf16", "bf16-nearest", "8bit", "4bit", "fp8", "fp8-plain"] | None = Field(
+        default=None, description="how moments are kept"
     )
     reset_every: int | None = Field(
         default=None, ge=0, description="steps between resets of the moments; 0: never"

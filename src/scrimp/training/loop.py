@@ -27,6 +27,7 @@ from scrimp.base.protocols import Batch
 from scrimp.base.seeds import derive
 from scrimp.base.units import parse_bytes
 from scrimp.build import Job
+from scrimp.optim.clipping import AtStep
 from scrimp.schedules import learning_rate
 from scrimp.training import checkpoint
 from scrimp.training.budget import over_budget
@@ -129,13 +130,14 @@ class Loop:
             with job.activations.context(), job.placement.context():
                 loss = job.estimator.step(self.watch.loss(loss_function), batch)
             self.watch.before_update()
-            norm = job.updates.clip()
+            updates = job.fused or AtStep(job.optimizer, tuple(job.trained.values()), recipe.clip)
+            norm = updates.clip()
             # Only this policy waits for the device: it must know before the update.
             if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
                 self.progress.skipped += 1
-                job.updates.discard()
+                updates.discard()
             else:
-                job.updates.apply()
+                updates.apply()
             job.optimizer.zero_grad(set_to_none=True)
         self._read_pending()
         self.progress.step = step + 1
