@@ -89,7 +89,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     settings, seed = recipe.optimizer, derive(recipe.seed, "optimizer")
     rate = {} if settings.lr is None else {"lr": settings.lr}  # an unsettled recipe is planned with any
     make = functools.partial(_builder("optimizer", recipe), **rate, **_options("optimizer", recipe))
-    return cast("Optimizer", make(model, seed=seed, compile=bool(settings.compile)))
+    return cast("Optimizer", make(model, seed=seed, compile=settings.compile))
 
 
 def fuse(recipe: Recipe, optimizer: Optimizer) -> Updates | None:

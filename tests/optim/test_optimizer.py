@@ -526,4 +526,4 @@ def test_a_rank_above_some_matrix_of_a_model_leaves_that_one_whole() -> None:
     )
     assert optimizer.plan_of(model[0].weight).composition.projector is not None
     assert optimizer.plan_of(model[1].weight).composition.projector is None
-    assert "layers.0.v_proj" in optimizer.describe() and "8" in optimizer.plan_of(model[1].weight).why
+    assert "layers.0.v_proj" in optimizer.describe() and "side, 4" in optimizer.plan_of(model[1].weight).why

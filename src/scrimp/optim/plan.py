@@ -186,8 +186,8 @@ def plan(p: Tensor, target: Target, options: Options, compose: Compose, *, mark:
     except ValueError as error:
         if asked:
             raise ScrimpError(str(error)) from None
-        why = str(error)
-    if why:
+        why = f"rank above its smaller side, {min(shape[-2:])}"
+    if why and not asked:
         rest = widened(compose({**options, mark: None}))
         return Plan(composition=rest, target=target, exact=exact, why=why)
     return Plan(composition=composition, target=oriented, exact=exact, transposed=transposed)

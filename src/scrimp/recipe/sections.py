@@ -165,7 +165,9 @@ class Optimizer(Section):
     fused_backward: bool = Field(
         default=False, description="update inside the backward pass, one gradient alive at a time"
     )
-    compile: bool | None = Field(default=None, description="compile the update; none: where it pays")
+    compile: bool = Field(
+        default=False, description="compile the update: faster steps, after seconds at the first"
+    )
 
     @field_validator("betas", mode="after")
     @classmethod

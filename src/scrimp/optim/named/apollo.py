@@ -82,27 +82,13 @@ class Apollo(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-        released = variant == "released"
+        seed = common.get("seed", 0)
 
         def project(options: Options) -> Projected:
             check_channels(options)
             require("scale_type", options["scale_type"], ("channel", "tensor"))
-            require("proj", options["proj"], ("random", "svd"))
-            projector: Projector
-            if options["proj"] == "svd":
-                projector = singular_vectors(options, variant, common.get("seed", 0))
-            else:
-                projector = Random(
-                    rank=options["rank"],
-                    every=options["refresh_every"],
-                    side=options["side"],
-                    seed=common.get("seed", 0) + released,
-                    hold=hold,
-                    released=released,
-                )
-            return Projected(
-                projector, ScaleGradient(options["scale"], options["scale_type"], gamma, scale_front)
-            )
+            lift = ScaleGradient(options["scale"], options["scale_type"], gamma, scale_front)
+            return Projected(_sketch(options, variant, seed, hold=hold), lift)
 
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {
@@ -166,3 +152,19 @@ class ApolloMini(Apollo):
             variant=variant,
             **common,
         )
+
+
+def _sketch(options: Options, variant: Variant, seed: int, *, hold: bool) -> Projector:
+    """Return what the sketch is made with: a random matrix or singular vectors."""
+    require("proj", options["proj"], ("random", "svd"))
+    if options["proj"] == "svd":
+        return singular_vectors(options, variant, seed)
+    released = variant == "released"
+    return Random(
+        rank=options["rank"],
+        every=options["refresh_every"],
+        side=options["side"],
+        seed=seed + released,  # the authors number parameters from 1
+        hold=hold,
+        released=released,
+    )

@@ -64,7 +64,7 @@ class SingularVectors(MatrixBasis):
         on_refresh: What becomes of the moments.
         align: Chooses the signs; else they are as they come.
         seed: Of the random columns.
-        released: Decomposes in float32 whatever the gradient's dtype, with G as it lies; takes any matrix.
+        released: Decomposes in float32 whatever the gradient's dtype, with G as it lies.
 
     References:
         GaLore, Zhao et al., ICML 2024, arXiv 2403.03507. Finding structure with randomness, Halko,
@@ -97,8 +97,7 @@ class SingularVectors(MatrixBasis):
     def check(self, target: Target) -> str | None:
         """See `check_rank`."""
         stored = math.prod(target.shape[:-2]) * target.shape[-1] * self.rank
-        reason = check_rank(target, self.rank, stored=stored, kept=math.prod(self.down_shape(target, 0)))
-        return None if self.released else reason
+        return check_rank(target, self.rank, stored=stored, kept=math.prod(self.down_shape(target, 0)))
 
     def slots(self, target: Target) -> tuple[Slot, ...]:
         """Return the basis, (..., d, r)."""

@@ -33,7 +33,7 @@ class TwoSided(Subspace):
         on_refresh: What becomes of the moments.
         align: Chooses the signs; else they are as they come.
         seed: Of the random columns.
-        released: Decomposes in float32 whatever the gradient's dtype; takes any matrix.
+        released: Decomposes in float32 whatever the gradient's dtype.
     """
 
     rank: int
@@ -65,8 +65,7 @@ class TwoSided(Subspace):
         """See `check_rank`."""
         batch = math.prod(target.shape[:-2])
         stored = batch * sum(target.shape[-2:]) * self.rank
-        reason = check_rank(target, self.rank, stored=stored, kept=batch * self.rank**2)
-        return None if self.released else reason
+        return check_rank(target, self.rank, stored=stored, kept=batch * self.rank**2)
 
     def down_shape(self, target: Target, step: int) -> tuple[int, ...]:
         """Return (..., r, r)."""
