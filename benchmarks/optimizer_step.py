@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -57,18 +58,15 @@ AT_LEAST = {  # times as fast as the package, on the whole step
 OVER_BOUND = {"galore": 1.3, "fira": 1.3, "apollo": 1.3, "apollo-mini": 1.3}
 OVER_BOUND |= {"adamw": 1.2, "lion": 1.2, "sgd-m": 1.2}
 OVER_FUSED = {"adamw-8bit": 2.0}
-READS = {"AdamMiniRule": 2, "AdamMini": 2, "Adafactor": 3}
+READS = {"AdamMini": 2, "Adafactor": 3}  # of G by whole rules, by class
 TRIAD = 1 << 26  # elements: an array of 256 MiB is beyond most caches
 SIDE = 2048
 
 
 def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] == "--worker":
-        work, given = (
-            {"compile": compile_seconds, "steps": step_seconds}[sys.argv[2]],
-            json.loads(sys.argv[3]),
-        )
-        print(json.dumps(work(**given)))
+        work = {"compile": compile_seconds, "steps": step_seconds}[sys.argv[2]]
+        print(json.dumps(work(**json.loads(sys.argv[3]))))
         return
     benchmark = start("optimizer_step", __doc__, _options)
     given = benchmark.arguments
@@ -248,14 +246,9 @@ def work_of(optimizer: Optimizer) -> dict[str, int]:
 
 
 def _bytes(plan: Any, slot: Any) -> int:
+    """Return the bytes of what a projector keeps, which a step between refreshes only reads."""
     entries = plan.composition.basis_store.layout(slot).values()
-    return sum(_numel(shape) * dtype.itemsize for shape, dtype in entries)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries)
 
 
 class Rates:

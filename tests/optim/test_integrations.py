@@ -129,7 +129,7 @@ def test_updates_inside_the_backward_pass_are_the_trainers_steps(tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
-    import lightning
+    lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from badam import BlockOptimizer
 from tests.tuning.small import llama, loss_of, train
 
 from scrimp.tuning.badam import BAdam
+
+BlockOptimizer = pytest.importorskip("badam").BlockOptimizer
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 EVERY, STEPS = 3, 13  # five blocks' worth

@@ -19,6 +19,9 @@ from scrimp.base.errors import ScrimpError
 from scrimp.optim import Optimizer
 from scrimp.optim.compat import apollo_torch, fira, galore_torch
 
+for package in ("apollo_torch", "bitsandbytes", "fira", "galore_torch"):
+    pytest.importorskip(package)
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 # 1 - lr * decay is a float32 number: rounded, it would be off by the same 3e-8 at every step, in ours as in
 # torch's own, but not in theirs.

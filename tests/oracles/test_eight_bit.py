@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
-import bitsandbytes.functional as theirs
 import pytest
 import torch
 from torch import Tensor
-from torchao.optim import quant_utils, subclass_4bit, subclass_fp8
 
 from scrimp.optim.pieces import Slot
 from scrimp.optim.rules.adam import Adam
@@ -24,6 +21,14 @@ from scrimp.optim.stores.dynamic8 import Dynamic8
 from scrimp.optim.stores.four_bit import FourBit
 from scrimp.optim.stores.fp8 import FP8
 
+bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+theirs: Any = pytest.importorskip("bitsandbytes.functional")
+torchao: Any = pytest.importorskip("torchao.optim")
+quant_utils, subclass_4bit, subclass_fp8 = (
+    torchao.quant_utils,
+    torchao.subclass_4bit,
+    torchao.subclass_fp8,
+)
 NOISE = torch.tensor(0)
 BOTH = pytest.mark.parametrize("signed", [True, False])
 

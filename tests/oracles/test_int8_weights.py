@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from q_galore_torch.q_galore_adamw8bit import AdamW8bit  # type: ignore[import-untyped]
 
 from scrimp.weights.affine8 import Affine8
 
-AUTHORS: Any = AdamW8bit
+AUTHORS: Any = pytest.importorskip("q_galore_torch.q_galore_adamw8bit").AdamW8bit
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.3, 1.5, -1.5])

@@ -18,6 +18,9 @@ from scrimp.optim.named.apollo import Apollo
 from scrimp.optim.named.galore import GaLore, QGaLore
 from scrimp.optim.named.low_rank import Fira
 
+for package in ("apollo_torch", "fira", "galore_torch", "q_galore_torch"):
+    pytest.importorskip(package)
+
 STEPS, GAP, RANK = 50, 7, 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 REST = [(7,), (6, 9)]  # not projected, and counted by apollo-torch's seeds

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from apollo_torch.random_projector import GradientProjector
-from galore_torch.galore_projector import GaLoreProjector
-from q_galore_torch.q_galore_projector import GaLoreProjector as LazyProjector
 from torch import Tensor
 
 from scrimp.optim.pieces import Entries, Target
@@ -17,6 +14,9 @@ from scrimp.optim.projectors.refresh import Lazy
 from scrimp.optim.projectors.svd import SingularVectors
 from scrimp.optim.projectors.two_sided import TwoSided
 
+GradientProjector: Any = pytest.importorskip("apollo_torch.random_projector").GradientProjector
+GaLoreProjector: Any = pytest.importorskip("galore_torch.galore_projector").GaLoreProjector
+LazyProjector: Any = pytest.importorskip("q_galore_torch.q_galore_projector").GaLoreProjector
 SHAPES = [(24, 16), (16, 24), (16, 16)]
 SIDES: list[Any] = ["std", "reverse_std", "left", "right"]
 

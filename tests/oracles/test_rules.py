@@ -19,6 +19,9 @@ from scrimp.optim.rules.lion import Lion
 from scrimp.optim.rules.sgd import SGD
 from scrimp.optim.rules.sm3 import SM3
 
+for package in ("adam_mini", "galore_torch", "lion_pytorch", "pytorch_optimizer"):
+    pytest.importorskip(package)
+
 STEPS = 50
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SHAPES = [(24, 16), (16, 24), (24,), (3, 8, 6), ()]
