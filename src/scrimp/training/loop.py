@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import Interrupted, ScrimpError
-from scrimp.base.protocols import Batch
 from scrimp.base.seeds import derive
 from scrimp.base.units import parse_bytes
 from scrimp.build import Job
@@ -124,7 +123,8 @@ class Loop:
         targets = sum(micro.targets for micro in batch)
         lr = self._set_learning_rate(step)
         self._seed(derive(recipe.seed, "step", step))
-        job.tune.before_step(step, job.optimizer, functools.partial(self._probe, batch[0]))
+        probe = functools.partial(job.loss, batch[0], divisor=max(1, batch[0].targets))
+        job.tune.before_step(step, job.optimizer, probe)
         loss_function = functools.partial(job.loss, divisor=max(1, targets))
         with self.watch.step(batch):
             with job.activations.context(), job.placement.context():
@@ -145,10 +145,6 @@ class Loop:
         self._pending = _Pending(loss, norm, lr, self.progress.tokens, targets, step + 1)
         if job.device.type == "cpu":
             self._read_pending()
-
-    def _probe(self, micro: Batch) -> Tensor:
-        """Return the mean loss over a micro-batch, for schedules that measure the model."""
-        return self.job.loss(micro, divisor=max(1, micro.targets))
 
     def _seed(self, seed: int) -> None:
         """Seed what a step may draw from (`torch.manual_seed` takes 400 microseconds for all devices)."""
