@@ -72,12 +72,26 @@ def decode(entries: Mapping[str, Tensor], slot: Slot, store: Store, dtype: torch
 
 
 def encode_into(
-    entries: Entries, slot: Slot, store: Store, value: Tensor, noise: Tensor, ok: Tensor | None = None
-) -> None:
-    """Write a slot's value into a parameter's entries, unless `ok` is false."""
+    entries: Entries, slot: Slot, store: Store, value: Tensor, noise: Tensor, ok: Tensor
+) -> dict[str, Tensor]:
+    """Write a slot's value into a parameter's entries, unless `ok` is false, and return its codes.
+
+    Codes are left to `write_codes`: in compiled code a choice between bytes takes longer than all else.
+    """
+    codes = {}
     for suffix, new in store.encode(value, slot, noise).items():
         old = entries[key(slot, suffix)]
-        old.copy_(new if ok is None else torch.where(ok, new, old))
+        if new.dtype == torch.uint8:
+            codes[key(slot, suffix)] = new
+        else:
+            old.copy_(torch.where(ok, new, old))
+    return codes
+
+
+def write_codes(entries: Entries, codes: Mapping[str, Tensor], ok: Tensor) -> None:
+    """Write codes into a parameter's entries, unless `ok` is false."""
+    for name, new in codes.items():
+        entries[name].copy_(torch.where(ok, new.view_as(entries[name]), entries[name]))
 
 
 class Change(NamedTuple):
@@ -88,12 +102,14 @@ class Change(NamedTuple):
         factor: Of the gradient.
         dense: Shaped like W.
         decay: What weight decay takes: near 1, what it leaves would be rounded by more.
+        codes: New entries that are codes, by name, to be written with `write_codes`.
     """
 
     small: Tensor | None
     factor: Tensor | None
     dense: Tensor | None
     decay: Tensor | None
+    codes: dict[str, Tensor]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Change:
         """Return the change with a function applied to what has W's shape, or is broadcastable to it."""
@@ -101,7 +117,7 @@ class Change(NamedTuple):
         return self._replace(factor=factor, dense=None if self.dense is None else function(self.dense))
 
 
-Middle = Callable[..., "Tensor | None"]
+Middle = Callable[..., "tuple[Tensor | None, dict[str, Tensor]]"]
 
 
 def middle(kind: Kind, *, in_place: bool) -> Middle:
@@ -115,20 +131,21 @@ def middle(kind: Kind, *, in_place: bool) -> Middle:
     Returns:
         A function of `(w, g, r, basis, entries, s, noise, ok)`: W and G oriented, G in the subspace, the
         basis, the stored tensors by name, the step's numbers, a seed and whether the gradient is finite. It
-        returns what is still to be projected back and subtracted, or None.
+        returns what is still to be projected back and subtracted, or None; and the new codes, which
+        `write_codes` writes.
     """
     composition, first = kind.composition, kind.composition.rule.decay_first
 
     def run(
         w: Tensor, g: Tensor, r: Tensor, basis: Any, entries: Entries, s: Scalars, noise: Tensor, ok: Tensor
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         change = moments(kind, w, g, r, basis, entries, s, noise, ok, in_place=in_place)
         if not change.dense is change.factor is change.decay is None:
             new = _moved(w.to(compute_dtype(w)), g, change, first=first)
             w.copy_(torch.where(ok, _rounded(new, w.dtype, noise, composition.stochastic), w))
         if change.small is None or change.decay is None or first:
-            return change.small
-        return change.small - change.decay * change.small
+            return change.small, change.codes
+        return change.small - change.decay * change.small, change.codes
 
     return run
 
@@ -171,11 +188,12 @@ def moments(
         if update.small is not None and not in_place:
             back = up(update.small)
             update = update._replace(small=None, dense=back if update.dense is None else update.dense + back)
+    codes: dict[str, Tensor] = {}
     for number, (slot, store, value) in enumerate(changed):
-        encode_into(entries, slot, store, value, noise + number + 1, ok)
+        codes |= encode_into(entries, slot, store, value, noise + number + 1, ok)
     decay = step.decay * s["weight_decay"] if kind.decays else None
     small = None if update.small is None else torch.where(ok, update.small, 0.0)
-    return Change(small, update.factor, update.dense, decay)
+    return Change(small, update.factor, update.dense, decay, codes)
 
 
 def move_codes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
 from scrimp.optim.arithmetic import Layout, compute_dtype, decode, key
-from scrimp.optim.pieces import Composition, Entries, Options, Scalars, Slot, Store, Target
+from scrimp.optim.pieces import Composition, Entries, Options, Slot, Store, Target
 from scrimp.optim.stores.full import Full
 
 Compose = Callable[[Options], Composition]
@@ -28,6 +28,8 @@ class Plan:
         exact: Keeps what is never quantised.
         transposed: Whether the pieces see its transpose.
         why: Why it is left unprojected, in a clause; empty where it is projected or nothing would project it.
+        runs: The functions that update it, remembered: to look them up by their pieces takes longer than to
+            call a small one.
     """
 
     composition: Composition
@@ -35,6 +37,7 @@ class Plan:
     exact: Store
     transposed: bool = False
     why: str = ""
+    runs: dict[tuple[bool, bool], Callable[..., Any]] = field(default_factory=dict)
 
     def kind(self) -> tuple[Composition, tuple[int, ...], bool]:
         """Return what parameters have in common whose updates hold and compute the same."""
@@ -120,8 +123,8 @@ class Plan:
             return True
         return c.projector.refresh_needs_gradient and (not state or c.projector.due(state, step))
 
-    def scalars(self, state: Entries, options: Options, step: int) -> Scalars:
-        """Return the numbers of 0-based `step` as 0-d float64 tensors on the CPU."""
+    def scalars(self, state: Entries, options: Options, step: int) -> dict[str, float]:
+        """Return the numbers of 0-based `step`."""
         c, age, rewarm = self.composition, step + 1, 1.0
         if c.projector is not None and c.projector.on_refresh == "reset":
             age = step - state["refreshed"] + 1
@@ -138,8 +141,7 @@ class Plan:
         }
         if c.conditioner is not None:
             numbers |= c.conditioner.scalars(options, step + 1)
-        values = torch.tensor(list(numbers.values()), dtype=torch.float64).unbind()
-        return dict(zip(numbers, values, strict=True))
+        return numbers
 
     def noise(self, seed: int, step: int) -> Tensor:
         """Return the seed of what a step draws, a 0-d int64 tensor."""

@@ -19,6 +19,7 @@ from scrimp.base.protocols import QuantizedParameter
 from scrimp.base.seeds import derive
 from scrimp.optim.arithmetic import (
     Kind,
+    Middle,
     chunks,
     compute_dtype,
     decode,
@@ -29,9 +30,11 @@ from scrimp.optim.arithmetic import (
     moments,
     move_codes,
     part,
+    write_codes,
 )
 from scrimp.optim.pieces import Entries, Options, Scalars, Slot, Store
 from scrimp.optim.plan import Plan
+from scrimp.optim.stores.full import Full
 
 CODE_BLOCK = 1 << 22  # elements of a quantised matrix that are decoded at a time
 _compile: Any = torch.compile  # whose stub lacks an argument
@@ -49,6 +52,7 @@ class Updater:
     seed: int
     compiles: bool
     _functions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    _last: tuple[dict[str, float], Scalars] = field(default_factory=lambda: ({}, {}))
 
     def update(
         self,
@@ -111,7 +115,8 @@ class Updater:
         before = {name: state[name].clone() for name in projector.tensors(plan.target)}
         slots, carry = projector.refresh(g, old, state, plan.target, step)
         for slot in projector.slots(plan.target):
-            encode_into(state, slot, composition.basis_store, slots[slot.name], noise, ok)
+            codes = encode_into(state, slot, composition.basis_store, slots[slot.name], noise, ok)
+            write_codes(state, codes, ok)
         for name, tensor in before.items():
             state[name].copy_(torch.where(ok, state[name], tensor))
         state["refreshed"] = step
@@ -121,7 +126,7 @@ class Updater:
                 _zero(state, slot, store, g.device)
             elif carry is not None and slot.axis is not None and step:
                 value = carry(decode(state, slot, store, compute_dtype(g)), slot)
-                encode_into(state, slot, store, value, noise, ok)
+                write_codes(state, encode_into(state, slot, store, value, noise, ok), ok)
 
     def _reset_when_due(self, plan: Plan, state: Entries) -> None:
         every, step = plan.composition.reset.every, state["step"]
@@ -135,20 +140,22 @@ class Updater:
     ) -> None:
         """Update a parameter in its own shape, flat and block by block where that is possible."""
         kind = _kind(plan, options)
-        s, noise = plan.scalars(state, options, state["step"]), plan.noise(self.seed, state["step"])
+        s, noise = self._scalars(plan, state, options), plan.noise(self.seed, state["step"])
         ok = is_finite(grad)
         entries = _tensors(state)
         if isinstance(p, QuantizedParameter):
             self._update_codes(p, plan, kind, (grad, grad, None, entries, s, noise, ok))
             return
-        run = self._function(functools.partial(middle, kind, in_place=False), kind, False)
+        run = self._middle(plan, kind, in_place=False)
         w = p.detach()
         if not (kind.is_elementwise and w.is_contiguous()):
             run(w, grad, grad, None, entries, s, noise, ok)
             return
         w, g, count = w.view(-1), grad.reshape(-1), w.numel()
         block = max((plan.store(slot).block(slot) for slot in plan.rule_slots(state["step"])), default=1)
-        for number, (first, last) in enumerate(chunks(count, block)):
+        # A compiled loop over full-precision state holds nothing in between, and each call takes its time.
+        is_one = self.compiles and isinstance(plan.composition.store, Full)
+        for number, (first, last) in enumerate([(0, count)] if is_one else chunks(count, block)):
             held = {name: part(tensor, first, last, count) for name, tensor in entries.items()}
             mine = g[first:last].data  # compiled code is made anew for views of other shapes
             run(w[first:last].data, mine, mine, None, held, s, noise + (number << 20), ok)
@@ -173,7 +180,7 @@ class Updater:
         seen = r if projector.mixes or small is not None else g
         ok = is_finite(seen)
         kind, entries = _kind(plan, options), _tensors(state)
-        s, noise = plan.scalars(state, options, step), plan.noise(self.seed, step)
+        s, noise = self._scalars(plan, state, options), plan.noise(self.seed, step)
         if isinstance(p, QuantizedParameter):
             self._update_codes(p, plan, kind, (g, r, basis, entries, s, noise, ok))
             return
@@ -182,8 +189,7 @@ class Updater:
         w = plan.oriented(whole)
         # Narrow weights are rounded once, stochastically: no product adds into them directly.
         in_place = not (composition.stochastic and w.dtype == torch.bfloat16)
-        run = self._function(functools.partial(middle, kind, in_place=in_place), kind, in_place)
-        left = run(w, g, r, basis, entries, s, noise, ok)
+        left = self._middle(plan, kind, in_place=in_place)(w, g, r, basis, entries, s, noise, ok)
         if left is not None:
             projector.subtract(w, left.to(w.dtype), basis)
         if p.ndim > 3 and not p.is_contiguous():
@@ -202,6 +208,7 @@ class Updater:
         run = self._function(lambda: functools.partial(moments, kind, in_place=False), "moments", kind)
         move = self._function(lambda: functools.partial(move_codes, kind, p.codec), "codes", kind, p.codec)
         change = run(p, *given)
+        write_codes(given[3], change.codes, ok)
         if plan.transposed:
             g, change = g.mT, change.each(lambda t: t.mT if t.ndim else t)
         rows, columns = p.shape
@@ -213,6 +220,22 @@ class Updater:
             for name, value in move(held, g[first:last], mine, noise, first * columns, ok).items():
                 held[name].copy_(value)
 
+    def _scalars(self, plan: Plan, state: Entries, options: Options) -> Scalars:
+        """Return the step's numbers as 0-d float64 tensors on the CPU, made once for parameters alike."""
+        numbers = plan.scalars(state, options, state["step"])
+        if numbers != self._last[0]:
+            values = torch.tensor(list(numbers.values()), dtype=torch.float64).unbind()
+            self._last = (numbers, dict(zip(numbers, values, strict=True)))
+        return self._last[1]
+
+    def _middle(self, plan: Plan, kind: Kind, *, in_place: bool) -> Callable[..., Any]:
+        """Return the function that updates a parameter."""
+        name = (kind.decays, in_place)
+        if name not in plan.runs:
+            make = functools.partial(middle, kind, in_place=in_place)
+            plan.runs[name] = _writing(self._function(make, kind, in_place))
+        return plan.runs[name]
+
     def _function(self, make: Callable[[], Callable[..., Any]], *name: Any) -> Callable[..., Any]:
         """Return a function of arithmetic, compiled where that was asked for; made once."""
         if name not in self._functions:
@@ -222,6 +245,18 @@ class Updater:
                 function = _compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True)
             self._functions[name] = function
         return self._functions[name]
+
+
+def _writing(run: Middle) -> Callable[..., Tensor | None]:
+    """Return a function that writes the codes which the arithmetic left."""
+
+    def written(*given: Any) -> Tensor | None:
+        small: Tensor | None
+        small, codes = run(*given)
+        write_codes(given[4], codes, given[7])
+        return small
+
+    return written
 
 
 def _kind(plan: Plan, options: Options) -> Kind:
