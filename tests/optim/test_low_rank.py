@@ -304,9 +304,8 @@ def test_no_entry_of_the_state_keeps_a_larger_tensor_alive(name: str) -> None:
 def test_a_zero_first_gradient_does_not_end_the_method(make: Any) -> None:
     ours, theirs = parameters(shapes=[(24, 16)]), parameters(shapes=[(24, 16)])
     steps = gradients(3, ours)
-    late, prompt = make(ours, lr=0.01), make(theirs, lr=0.01)
-    if make is not ApolloMini:
-        late, prompt = make(ours, lr=0.01, rank=4), make(theirs, lr=0.01, rank=4)
+    options: dict[str, Any] = {} if make is ApolloMini else {"rank": 4}
+    late, prompt = make(ours, lr=0.01, **options), make(theirs, lr=0.01, **options)
     start = ours[0].detach().clone()
     run(late, ours, [[torch.zeros_like(steps[0][0])], *steps])
     run(prompt, theirs, steps)

@@ -172,7 +172,8 @@ def test_adamw_follows_torchs_unfused_one(dtype: torch.dtype) -> None:
 def test_a_models_matrices_decay_and_its_norms_and_biases_do_not(name: str) -> None:
     module = model()
     before = {key: p.detach().clone() for key, p in module.named_parameters()}
-    optimizer = method(name)(module, lr=0.1, weight_decay=0.5)
+    options = {"rank": 4} if name == "GaLore" else {}
+    optimizer = method(name)(module, lr=0.1, weight_decay=0.5, **options)
     for p in module.parameters():
         p.grad = torch.zeros_like(p)  # decay is all that is left
     optimizer.step()

@@ -180,4 +180,4 @@ def test_options_are_checked_where_they_are_given(make: Any, words: str) -> None
 
 def test_an_odd_number_of_blocks_is_not_taken_in_pairs() -> None:
     with pytest.raises(ScrimpError, match="wakes 3 of 8"):
-        Blocks(density=0.375, order="mirror").check(Target(name="w", shape=(4, 4), count=8))
+        Blocks(density=0.375, order="mirror").check_count(8)

@@ -210,8 +210,8 @@ def test_laziness_does_not_see_the_signs_of_singular_vectors(measure: Any) -> No
     for signed in (False, True):
         lazy = Lazy(measure=measure, signed=signed, queue=1)
         entries: Entries = {name: torch.zeros(s, dtype=t) for name, (s, t) in lazy.tensors().items()}
-        lazy.observe(entries, None, basis, 5)
-        lazy.observe(entries, basis, -basis, 5)
+        lazy.observe(entries, None, basis, 5, torch.tensor(True))
+        lazy.observe(entries, basis, -basis, 5, torch.tensor(True))
         seen[signed] = (float(entries["similarities"]), entries["period"])
     assert seen[False] == (pytest.approx(1), 10)
     assert seen[True] == ((pytest.approx(-1), 5) if measure == "cosine" else seen[False])

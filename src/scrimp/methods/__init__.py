@@ -151,14 +151,14 @@ METHODS: tuple[Method, ...] = (
         pieces={"weights": "int8", "optimizer": "apollo"},
         terms="weights: 1.03 bytes a matrix element; optimizer state: 4 (2 m r + 1) bytes a matrix",
         source="Zhu et al., MLSys 2025, arXiv 2412.05270",
-        settings={"weights.group": 128},
+        settings={"weights.group": 128, "optimizer.weight_decay": 0.01, "optimizer.eps": 1e-8},
     ),
     Method(
         name="q-apollo-mini",
         pieces={"weights": "int8", "optimizer": "apollo-mini"},
         terms="weights: 1.03 bytes a matrix element; optimizer state: 4 (2 m + 1) bytes a matrix",
         source="Zhu et al., MLSys 2025, arXiv 2412.05270",
-        settings={"weights.group": 128},
+        settings={"weights.group": 128, "optimizer.weight_decay": 0.01},
     ),
     Method(
         name="gradnormlorp",

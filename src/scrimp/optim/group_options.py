@@ -125,7 +125,12 @@ _ALLOWED: dict[str, _Check] = {
     "scale": (lambda value: _is_number(value) and value > 0, "a finite number above 0"),
     "side": (lambda value: value in _SIDES, f"one of {', '.join(_SIDES)}"),
     "lr": (_is_rate, "a finite number of at least 0"),
-    "betas": (_all(_is_fraction), "numbers of at least 0 and below 1, as (0.9, 0.999)"),
+    "betas": (
+        lambda value: _all(_is_fraction)(value) and len(value) == 2,
+        "numbers of at least 0 and below 1, as (0.9, 0.999)",
+    ),
+    "store": (lambda value: isinstance(value, str), "the name of a store, as 'fp32'"),
+    "reset_every": (lambda value: value == 0 or _is_count(value), "a whole number of at least 0"),
     "momentum": (_is_fraction, "a number of at least 0 and below 1"),
     # Adafactor has two.
     "eps": (lambda value: _AMOUNT[0](value) or _all(_AMOUNT[0])(value), _AMOUNT[1]),

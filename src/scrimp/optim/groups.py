@@ -11,9 +11,9 @@ others, and what is known of each parameter.
     groups, some with a `rank`        those groups                               as given
     groups, none with a `rank`        each like parameters or pairs              as given
 
-By shape: two or three dimensions, the larger side of the matrix less than eight times the smaller. That
-tells the embeddings of small models from the rest, not those of large ones (32,000 x 4,096): hand in the
-model.
+By shape: two or three dimensions, the larger side of the matrix less than eight times the smaller, or less
+than three times where at most two matrices have a side of that length, as a vocabulary is. A guess all the
+same: better hand in the model.
 
 Groups may be written in our words or in those of galore-torch, apollo-torch and fira, not in both at once.
 Everything is checked here, before the first step. Frozen parameters of a model are left out; a parameter
@@ -22,6 +22,7 @@ handed in by itself stays, and is not updated while it has no gradient.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,8 @@ from scrimp.optim.pieces import Role
 from scrimp.optim.roles import heads, role_by_name, roles
 
 _INNER: tuple[Role, ...] = ("linear", "experts")
+_LONG = 3  # Larger side over smaller one from which a matrix may be one, if its length is a rare one.
+_MANY = 6  # Matrices among which a length can be rare.
 _LONGEST = 8  # Larger side over smaller one from which a matrix is taken for an embedding or a head.
 
 
@@ -100,6 +103,7 @@ def read(
     is_model = isinstance(params, nn.Module)
     parts = [_Part.of_model(params)] if is_model else _parts(params, first)
     _check_members(parts)
+    parts = _without_vocabularies(parts)
     by_hand = projected is not None and any(marker(projected) in part.own for part in parts)
     found = Given(groups=[], targets={}, roles_known=is_model)
     for part in parts:
@@ -225,6 +229,25 @@ def _role_by_shape(parameter: Tensor) -> Role:
     if smaller < 2 or larger >= _LONGEST * smaller:
         return "other"
     return "linear" if parameter.ndim == 2 else "experts"
+
+
+def _without_vocabularies(parts: list[_Part]) -> list[_Part]:
+    """Take long matrices for embeddings and heads whose longer side hardly any other one has.
+
+    A vocabulary is a side of one or two matrices, a width one of many. Only shapes are known here.
+    """
+    members = [member for part in parts for member in part.members if not member.is_named]
+    sides = Counter(side for member in members for side in set(member.parameter.shape[-2:]))
+    if sum(member.info.role == "linear" for member in members) < _MANY:
+        return parts
+
+    def told(member: _Member) -> _Member:
+        smaller, larger = sorted(member.parameter.shape[-2:]) if member.parameter.ndim == 2 else (1, 1)
+        if member.is_named or larger < _LONG * smaller or sides[larger] > 2:
+            return member
+        return replace(member, info=replace(member.info, role="embedding"))
+
+    return [replace(part, members=tuple(map(told, part.members))) for part in parts]
 
 
 def _check_members(parts: list[_Part]) -> None:

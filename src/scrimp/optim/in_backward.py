@@ -157,12 +157,14 @@ class BackwardUpdates:
         """Scale what waits so that the global norm is at most the limit, and return the norm before."""
         if not self._clip:
             self._squares += [square_sum(self._held(p)) for p in self._waiting()]
-        self.norm = torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
+        # A model may lie on several devices.
+        squares = [square.to(self._squares[0].device) for square in self._squares]
+        self.norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         self._squares.clear()
         if self._clip:
             factor = (self._clip / (self.norm + MARGIN)).clamp(max=1.0)
             for p in self._waiting():
-                self._held(p).mul_(factor)
+                self._held(p).mul_(factor.to(p.device))
         return self.norm
 
     @torch.no_grad()

@@ -74,6 +74,7 @@ class Optimizer(torch.optim.Optimizer):
         self._info = dict(read.targets)
         super().__init__(read.groups, {**options, **dict.fromkeys(projected or ()), PIECES: None})
         self._plan_all(self.param_groups)
+        self._refuse_nothing()
 
     # ---- what is treated how -------------------------------------------------------------------------
 
@@ -90,6 +91,10 @@ class Optimizer(torch.optim.Optimizer):
             first=first,
             authors=self._authors,
         )
+        known = {p for group in self.param_groups for p in group["params"]}
+        twice = next((info.name for p, info in read.targets.items() if p in known), None)
+        if twice is not None:
+            raise ScrimpError(f"{twice} is in a group of this optimizer already: hand it in once")
         self._info |= read.targets
         self._plan_all([*self.param_groups, *read.groups])
         for group in read.groups:
@@ -110,6 +115,8 @@ class Optimizer(torch.optim.Optimizer):
         projected = [found for found in plans.values() if found.composition.projector is not None]
         for index, found in enumerate(projected):
             found.target = replace(found.target, index=index, count=len(projected))
+            if found.composition.projector is not None:
+                found.composition.projector.check_count(len(projected))
         self._plans = plans
 
     def _choose_again(self) -> None:
@@ -118,6 +125,20 @@ class Optimizer(torch.optim.Optimizer):
             found = self._plans[p]
             if state and found.misfit(state):
                 self._updater.refresh(found.oriented(p.detach()), found, state)
+
+    def _refuse_nothing(self) -> None:
+        """Refuse a projection that reaches no matrix at all: it would be another algorithm.
+
+        Raises:
+            ScrimpError: There are matrices to project, and the rank fits none.
+        """
+        left = [found for found in self._plans.values() if found.why]
+        if left and not any(found.composition.projector for found in self._plans.values()):
+            first = left[0]
+            raise ScrimpError(
+                f"no matrix would be projected: of {first.target.name}, {first.why}; choose a lower rank, "
+                "or an optimizer without one"
+            )
 
     def plan_of(self, p: Tensor) -> Plan:
         """Return how a parameter is treated."""
@@ -281,6 +302,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ScrimpError: The state is of another composition, or of other shapes; nothing was loaded.
         """
+        handed: object = state_dict
+        if not isinstance(handed, Mapping) or not {"state", "param_groups"} <= handed.keys():
+            raise ScrimpError("this is no optimizer's state dict: it has no 'state' and 'param_groups'")
         saved = state_dict["param_groups"]
         self._check_groups(saved)
         was = self._plans

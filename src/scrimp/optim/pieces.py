@@ -153,6 +153,13 @@ class Projector(Protocol):
             ValueError: The rank cannot be had.
         """
 
+    def check_count(self, count: int) -> None:
+        """Refuse a number of matrices that cannot be treated together.
+
+        Raises:
+            ScrimpError: It cannot.
+        """
+
     def down_shape(self, target: Target, step: int) -> tuple[int, ...]:
         """Return the shape of `down`'s result at 0-based `step`."""
 

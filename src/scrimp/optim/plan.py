@@ -131,7 +131,7 @@ class Plan:
         if c.reset.every and step + 1 >= c.reset.every:
             since = (step + 1) % c.reset.every
             rewarm = c.reset.factor(since)
-            age = since + 1 if c.reset.restart else age
+            age = min(age, since + 1) if c.reset.restart else age
         options = {**options, "lr": float(options["lr"])}
         numbers = {
             "rewarm": rewarm,
@@ -189,7 +189,25 @@ def plan(p: Tensor, target: Target, options: Options, compose: Compose, *, mark:
         if asked:
             raise ScrimpError(str(error)) from None
         why = f"rank above its smaller side, {min(shape[-2:])}"
+    if composition.projector.on_refresh == "rotate":
+        _refuse_rotation(composition, oriented)
     if why and not asked:
         rest = widened(compose({**options, mark: None}))
         return Plan(composition=rest, target=target, exact=exact, why=why)
     return Plan(composition=composition, target=oriented, exact=exact, transposed=transposed)
+
+
+def _refuse_rotation(composition: Composition, target: Target) -> None:
+    """Refuse a rule that keeps what no rotation can carry into a new subspace.
+
+    Raises:
+        ScrimpError: It does.
+    """
+    assert composition.projector is not None
+    kept = composition.rule.slots(composition.projector.down_shape(target, 0), target)
+    stuck = [slot.name for slot in kept if slot.axis is None and slot.shape]
+    if stuck:
+        raise ScrimpError(
+            f"{type(composition.rule).__name__} keeps {stuck[0]!r}, which cannot be rotated into a new "
+            "subspace: use on_refresh='keep' or 'reset'"
+        )

@@ -132,8 +132,8 @@ class Updater:
         every, step = plan.composition.reset.every, state["step"]
         if every and (step + 1) % every == 0:
             for slot in plan.rule_slots(step):
-                for suffix in plan.store(slot).layout(slot):
-                    state[key(slot, suffix)].zero_()
+                for name in _entries(state, slot):  # as they lie: a refresh due now may lay them out anew
+                    state[name].zero_()
 
     def _update_whole(
         self, p: nn.Parameter, grad: Tensor, plan: Plan, state: Entries, options: Options
@@ -273,10 +273,15 @@ def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor if tensor.ndim < 2 or len(tensor) == 1 else tensor[first:last]
 
 
+def _entries(state: Entries, slot: Slot) -> set[str]:
+    """Return the names of a slot's tensors, in whichever layout they are."""
+    return {name for name in state if name == slot.name or name.startswith(f"{slot.name}.")}
+
+
 def _zero(state: Entries, slot: Slot, store: Store, device: torch.device) -> None:
     """Zero a slot, in new tensors where its layout changes: an empty one may be kept otherwise."""
     layout = {key(slot, suffix): entry for suffix, entry in store.layout(slot).items()}
-    old = {name for name in state if name == slot.name or name.startswith(f"{slot.name}.")}
+    old = _entries(state, slot)
     for name in old - layout.keys():
         del state[name]
     for name, (shape, dtype) in layout.items():

@@ -128,6 +128,11 @@ class Recipe(Section):
     def _fields_agree(self) -> Self:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens both say how long the run is: give one of them")
+        if self.tune.name != "full" and self.optimizer.name == "frugal":
+            raise ValueError(
+                f"optimizer frugal wakes whole matrices in turns, and tune {self.tune.name} whole layers: "
+                "use one of them"
+            )
         if self.batch is not None and self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}: "

@@ -79,7 +79,7 @@ class LayerSampling:
         found = find_layers(model, tune=self.name)
         if self.layers > len(found.modules):
             raise ScrimpError(
-                f"tune {self.name}: layers {self.layers} of a model that has {len(found.modules)}; "
+                f"tune {self.name}: layers {self.layers:g} of a model that has {len(found.modules)}; "
                 "ask for fewer, or use --tune full"
             )
         self._found = found

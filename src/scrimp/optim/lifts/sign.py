@@ -47,8 +47,8 @@ class SignResidual:
         return ()
 
     def prepare(self, g: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
-        """Return `g`."""
-        return g
+        """Return `g`, wide enough for a residual of which only the sign is used."""
+        return g.to(wide(g.dtype)) if self.residual == "sign" else g
 
     def update(
         self,
@@ -65,4 +65,4 @@ class SignResidual:
         if self.residual == "sgd":
             # lr E = lr G - up(lr R): linear, so the residual need not be formed.
             return Update(small - rate * r, rate, None, {})
-        return Update(small, None, rate * (g.to(wide(g.dtype)) - up(r)).sign(), {})
+        return Update(small, None, rate * (g - up(r)).sign(), {})

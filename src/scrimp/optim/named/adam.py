@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 from scrimp.optim.conditioners.spike_clip import SpikeClip
 from scrimp.optim.conditioners.stable import StableClip
 from scrimp.optim.named.common import Betas, Common, Named, Pieces, defaulting
+from scrimp.optim.named.subspace import check_variant
 from scrimp.optim.pieces import Reset
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.rules.adam_mini import AdamMini as AdamMiniRule
@@ -214,6 +215,8 @@ class SPAM(Named):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         reset = Reset(warmup=warmup, restart=False)
 
+        check_variant(variant)
+
         def pieces(options: Any) -> Pieces:
             spikes = SpikeClip(theta=theta, every=options["reset_every"], variant=variant)
             return Pieces(Adam(convention="hf"), conditioner=spikes, reset=reset)
@@ -257,6 +260,8 @@ class StableSPAM(Named):
         **common: Unpack[Common],
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+
+        check_variant(variant)
 
         def pieces(options: Any) -> Pieces:
             clip = StableClip(

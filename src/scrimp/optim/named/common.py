@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
-from scrimp.optim.group_options import Authors
+from scrimp.optim.group_options import AUTHORS_WORDS, Authors
 from scrimp.optim.optimizer import Optimizer
 from scrimp.optim.pieces import Composition, Conditioner, Lift, Options, Projector, Reset, Rule, Store
 from scrimp.optim.stores import STORES
@@ -63,7 +63,8 @@ class Named(Optimizer):
         authors: See `Optimizer`.
 
     Raises:
-        TypeError: A common option is unknown.
+        TypeError: An option is unknown.
+        ScrimpError: One has a value that it cannot have.
     """
 
     def __init__(
@@ -76,13 +77,7 @@ class Named(Optimizer):
         projected: Mapping[str, Any] | None = None,
         authors: Authors | None = None,
     ) -> None:
-        odd = common.keys() - Common.__annotations__.keys()
-        if odd:
-            name = min(odd)
-            known = [*Common.__annotations__, *options, *(projected or ())]
-            raise TypeError(
-                f"there is no option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-            )
+        _check(common, (*options, *(projected or ())))
         every = {
             **options,
             "store": common.get("store", "fp32"),
@@ -98,6 +93,19 @@ class Named(Optimizer):
             maximize=common.get("maximize", False),
             compile=common.get("compile", False),
         )
+
+
+def _check(common: Common, others: Iterable[str]) -> None:
+    """Refuse an option that is unknown, and values of the common ones that no group's check sees."""
+    odd = common.keys() - Common.__annotations__.keys()
+    if odd:
+        name, known = min(odd), [*Common.__annotations__, *others]
+        ours = AUTHORS_WORDS.get(name)
+        hint = f"; here it is called {ours!r}" if ours in known else did_you_mean(name, known)
+        raise TypeError(f"there is no option {name!r}{hint}; known: {', '.join(known)}")
+    seed = common.get("seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise ScrimpError(f"seed must be a whole number of at least 0, not {seed!r} ({type(seed).__name__})")
 
 
 def _composed(options: Options, pieces: Pieces) -> Composition:

@@ -67,18 +67,21 @@ class Blocks(Subspace):
         return False
 
     def check(self, target: Target) -> str | None:
-        """Return None: any shape will do.
+        """Return None: any shape will do."""
+        return None
+
+    def check_count(self, count: int) -> None:
+        """Refuse pairs from both ends where an odd number would be awake.
 
         Raises:
-            ScrimpError: Pairs from both ends, and an odd number awake.
+            ScrimpError: It would.
         """
-        awake = round(target.count * self.density)
+        awake = round(count * self.density)
         if self.order == "mirror" and awake % 2:
             raise ScrimpError(
                 f"order 'mirror' takes matrices in pairs, and density {self.density} wakes {awake} of "
-                f"{target.count}; choose a density that wakes an even number, or another order."
+                f"{count}; choose a density that wakes an even number, or another order."
             )
-        return None
 
     def awake(self, target: Target, step: int) -> bool:
         """Tell whether a matrix is awake at 0-based `step`."""

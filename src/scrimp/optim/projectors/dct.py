@@ -20,11 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from scrimp.optim.pieces import Carry, Entries, Target
 from scrimp.optim.projectors.orientation import (
@@ -37,16 +37,26 @@ from scrimp.optim.projectors.orientation import (
 )
 from scrimp.optim.projectors.refresh import matching
 
+_held: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
-@cache
+
 def cosine_basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return Q (size, size), built in float64; one copy for each size, dtype and device."""
+    key, mode = (size, dtype, device), detect_fake_mode()
+    held = _held.get(key)
+    # A simulation's copy is no tensor outside it, nor in another simulation, and a real one none inside.
+    if held is None or getattr(held, "fake_mode", None) is not mode:
+        held = _held[key] = _cosine_basis(size).to(device, dtype)
+    return held
+
+
+def _cosine_basis(size: int) -> Tensor:
     index = torch.arange(size, dtype=torch.float64)
     # i (2j + 1) counts quarter turns of size: the remainder is exact, a large angle's cosine is not.
     angle = torch.outer(index, 2 * index + 1).remainder(4 * size) * (math.pi / (2 * size))
     basis = angle.cos() * math.sqrt(2 / size)
     basis[0] /= math.sqrt(2)
-    return basis.to(device, dtype)
+    return basis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

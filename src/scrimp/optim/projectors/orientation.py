@@ -118,6 +118,9 @@ class Subspace:
         """Return nothing."""
         return ()
 
+    def check_count(self, count: int) -> None:
+        """Do nothing: any number of matrices will do."""
+
     def due(self, entries: Entries, step: int) -> bool:
         """Tell whether `step` is a multiple of the period."""
         return step % self.every == 0

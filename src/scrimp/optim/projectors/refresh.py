@@ -58,15 +58,16 @@ class Lazy:
         """Return the last similarities."""
         return {"similarities": ((self.queue,), torch.float64)}
 
-    def observe(self, entries: Entries, old: Tensor | None, new: Tensor, every: int) -> None:
-        """Note how similar the bases (..., d, r) are, and lengthen the period; reads the host once."""
+    def observe(self, entries: Entries, old: Tensor | None, new: Tensor, every: int, ok: Tensor) -> None:
+        """Note how similar the bases (..., d, r) are, and lengthen the period if `ok`; one host read."""
         if old is None:
             entries["period"], entries["seen"] = every, 0
             return
         past = entries["similarities"]
         past[entries["seen"] % self.queue] = self._similarity(old.to(new.dtype), new)
         entries["seen"] += 1
-        if entries["seen"] >= self.queue and past.mean().item() >= self.threshold:
+        mean = torch.where(ok.to(past.device), past.mean(), -torch.inf)
+        if entries["seen"] >= self.queue and mean.item() >= self.threshold:
             entries["period"] = int(entries["period"] * self.factor)
 
     def _similarity(self, old: Tensor, new: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class SingularVectors(MatrixBasis):
         if self.released:
             new = new.to(g.dtype)
         if self.lazy is not None:
-            self.lazy.observe(entries, basis, new, self.every)
+            self.lazy.observe(entries, basis, new, self.every, g.isfinite().all())
         carry = rotation(basis, new) if basis is not None and self.on_refresh == "rotate" else None
         return {"basis": new.contiguous()}, carry
 
