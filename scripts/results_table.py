@@ -39,6 +39,7 @@ TITLES = {
     "optimizer_step": "Optimizer steps, against the authors' packages",
     "optimizer_refresh": "Choosing a subspace anew, against an exact SVD",
     "optimizer_state": "Optimizer state of every method on the shapes of llama-7b",
+    "seven_billion": "Seven billion parameters trained in nine gigabytes of main memory",
 }
 ON_GPU = {"gpu": "On a GPU"}  # shown where there is a result, which most machines cannot make
 LEAST_TOKENISING_RATIO = 1.3
@@ -223,6 +224,23 @@ def _optimizer_state(document: Document) -> list[Row]:
     ]
 
 
+def _seven_billion(document: Document) -> list[Row]:
+    found = document["results"]
+    terms = [
+        (f"predicted, GB: {term}", f"{size / 1e9:.3f}", "", "") for term, size in found["predicted"].items()
+    ]
+    return [
+        *terms,
+        (
+            "loss of each step, on the same batch",
+            ", ".join(f"{loss:.3f}" for loss in found["losses"]),
+            "",
+            "",
+        ),
+        ("seconds of each step", ", ".join(f"{second:.0f}" for second in found["seconds"]), "", ""),
+    ]
+
+
 OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "loop": _loop,
     "openmp_wait": _openmp_wait,
@@ -234,6 +252,7 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "optimizer_step": _optimizer_step,
     "optimizer_refresh": _optimizer_refresh,
     "optimizer_state": _optimizer_state,
+    "seven_billion": _seven_billion,
 }
 
 

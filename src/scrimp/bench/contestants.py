@@ -98,7 +98,7 @@ def contestant(name: str, suite: Suite) -> Contestant:
     if ":" not in base and base not in {entry.name for entry in peers.PEERS}:
         known = [*methods, *(entry.name for entry in peers.PEERS)]
         raise ScrimpError(
-            f"methods: there is no {base!r}{did_you_mean(base, known)}; known: {', '.join(known)}"
+            f"methods: there is no {base!r}{did_you_mean(base, known)}; `scrimp methods` lists all"
         )
     if others:
         raise ScrimpError(
