@@ -212,4 +212,8 @@ def test_a_method_that_draws_blocks_can_be_saved_after_a_group_was_added() -> No
         order="ascending",
     )
     other.load_state_dict(optimizer.state_dict())
+    assert [optimizer.state[p].keys() for p in held] == [other.state[p].keys() for p in held]
+    before = [other.state[p].get("step", 0) for p in held]
+    assert before == [optimizer.state[p].get("step", 0) for p in held] and any(before)
     run(other, ps, gradients(ps, 4))
+    assert all(other.state[p]["step"] > step for p, step in zip(held, before, strict=True))

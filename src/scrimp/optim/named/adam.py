@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack
 
 from scrimp.optim.conditioners.spike_clip import SpikeClip
 from scrimp.optim.conditioners.stable import StableClip
-from scrimp.optim.named.common import Betas, Common, Named, Pieces, defaulting
+from scrimp.optim.named.common import Betas, Common, Named, Pieces
 from scrimp.optim.named.subspace import check_variant
 from scrimp.optim.pieces import Reset
 from scrimp.optim.rules.adam import Adam
@@ -66,18 +66,7 @@ class AdamW8bit(AdamW):
         8-bit Optimizers via Block-wise Quantization, Dettmers et al., ICLR 2022, arXiv 2110.02861.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        **common: Unpack[Common],
-    ) -> None:
-        common = defaulting(common, store="8bit")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+    own_store = "8bit"
 
 
 class AdamW4bit(AdamW):
@@ -99,18 +88,7 @@ class AdamW4bit(AdamW):
         books and blocks of torchao's AdamW4bit.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        **common: Unpack[Common],
-    ) -> None:
-        common = defaulting(common, store="4bit")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+    own_store = "4bit"
 
 
 class AdamWFP8(AdamW):
@@ -131,18 +109,7 @@ class AdamWFP8(AdamW):
         COAT, Xi et al., ICLR 2025, arXiv 2410.19313.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        **common: Unpack[Common],
-    ) -> None:
-        common = defaulting(common, store="fp8")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **common)
+    own_store = "fp8"
 
 
 class AdamMini(Named):
@@ -199,6 +166,8 @@ class SPAM(Named):
         arXiv 2501.06842, without its element mask.
     """
 
+    own_reset = 500
+
     def __init__(
         self,
         params: Any,
@@ -221,7 +190,7 @@ class SPAM(Named):
             spikes = SpikeClip(theta=theta, every=options["reset_every"], variant=variant)
             return Pieces(Adam(convention="hf"), conditioner=spikes, reset=reset)
 
-        super().__init__(params, pieces, options, defaulting(common, reset_every=500))
+        super().__init__(params, pieces, options, common)
 
 
 class StableSPAM(Named):
@@ -246,6 +215,8 @@ class StableSPAM(Named):
         Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam, Huang et al., 2025, arXiv 2502.17055.
     """
 
+    own_reset = 1000
+
     def __init__(
         self,
         params: Any,
@@ -269,4 +240,4 @@ class StableSPAM(Named):
             )
             return Pieces(Adam(), conditioner=clip)
 
-        super().__init__(params, pieces, options, defaulting(common, reset_every=1000))
+        super().__init__(params, pieces, options, common)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
@@ -35,11 +35,6 @@ class Common(TypedDict, total=False):
     compile: bool
 
 
-def defaulting(common: Common, **own: Unpack[Common]) -> Common:
-    """Return the common options that were given, with a method's own defaults for the others."""
-    return {**own, **common}
-
-
 class Pieces(NamedTuple):
     """What treats a group of parameters, the store and the reset's period left to the group's options."""
 
@@ -52,7 +47,7 @@ class Pieces(NamedTuple):
 
 
 class Named(Optimizer):
-    """An optimizer of some pieces.
+    """An optimizer of some pieces; `own_store` and `own_reset` stand for options that are not given.
 
     Args:
         params: A model, parameters, or groups.
@@ -67,6 +62,9 @@ class Named(Optimizer):
         ScrimpError: One has a value that it cannot have.
     """
 
+    own_store: ClassVar[str] = "fp32"
+    own_reset: ClassVar[int] = 0
+
     def __init__(
         self,
         params: Any,
@@ -80,8 +78,8 @@ class Named(Optimizer):
         _check(common, (*options, *(projected or ())))
         every = {
             **options,
-            "store": common.get("store", "fp32"),
-            "reset_every": common.get("reset_every", 0),
+            "store": common.get("store", self.own_store),
+            "reset_every": common.get("reset_every", self.own_reset),
         }
         super().__init__(
             params,

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 from scrimp.optim.conditioners.natural_gradient import NaturalGradient
 from scrimp.optim.lifts.back import ProjectBack
-from scrimp.optim.named.common import Betas, Common, defaulting
+from scrimp.optim.named.common import Betas, Common
 from scrimp.optim.named.subspace import (
     LowRank,
     Projected,
@@ -113,6 +113,8 @@ class GaLore8bit(LowRank):
         GaLore, Zhao et al., ICML 2024, arXiv 2403.03507, section 4.3.
     """
 
+    own_store = "8bit"
+
     def __init__(
         self,
         params: Any,
@@ -143,7 +145,7 @@ class GaLore8bit(LowRank):
             project,
             options,
             projected,
-            defaulting(common, store="8bit"),
+            common,
         )
 
 
@@ -175,6 +177,8 @@ class QGaLore(LowRank):
         Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients, Zhang et al.,
         2024, arXiv 2407.08296.
     """
+
+    own_store = "8bit"
 
     def __init__(
         self,
@@ -210,7 +214,7 @@ class QGaLore(LowRank):
             project,
             options,
             projected,
-            defaulting(common, store="8bit"),
+            common,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from scrimp.optim.named.common import Betas, Common, Named, Pieces, defaulting
+from scrimp.optim.named.common import Betas, Common, Named, Pieces
 from scrimp.optim.rules import adafactor, lion, sgd, sm3
 
 
@@ -82,18 +82,7 @@ class Lion8bit(Lion):
         8-bit Optimizers via Block-wise Quantization, Dettmers et al., ICLR 2022, arXiv 2110.02861.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float = 1e-4,
-        betas: Betas = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, **defaulting(common, store="8bit")
-        )
+    own_store = "8bit"
 
 
 class Adafactor(Named):
