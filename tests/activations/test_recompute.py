@@ -16,11 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrimp.activations import recompute as module
 from scrimp.activations.everything import everything
-from scrimp.activations.recompute import decoder_layers, is_random
+from scrimp.activations.recompute import is_random
+from scrimp.base.decoder_layers import decoder_layers
 from scrimp.base.errors import ScrimpError
 
 Policy = Callable[[], Any]
@@ -351,13 +351,6 @@ def test_a_deep_copy_runs_its_own_layers() -> None:
     for parameter in model.parameters():
         parameter.data.zero_()
     assert same(gradients(twin), plain)
-
-
-def test_layers_are_found_with_and_without_marks() -> None:
-    marked, unmarked = make("llama"), make("openai-gpt")
-    assert decoder_layers(marked) == list(marked.model.layers)
-    assert not any(isinstance(m, GradientCheckpointingLayer) for m in unmarked.modules())
-    assert decoder_layers(unmarked) == list(unmarked.transformer.h)
 
 
 @EACH_POLICY

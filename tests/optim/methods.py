@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Apollo of singular vectors": {"proj": "svd"},
     "Frugal of columns": {"projector": "columns"},
     "Frugal of elements alone": {"projector": "elements", "residual": "none"},
+    "Frugal of singular vectors": {"projector": "svd"},
+    "Frugal of random directions alone": {"projector": "random", "residual": "none"},
     "Frugal with 8-bit moments": {"store": "8bit"},
     "DCTAdamW with feedback": {"error_feedback": True},
 }

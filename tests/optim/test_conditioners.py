@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from tests.optim.driver import Driver, gradients, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
+from scrimp.optim import StableSPAM
 from scrimp.optim.conditioners.natural_gradient import NaturalGradient
 from scrimp.optim.conditioners.spike_clip import SpikeClip
 from scrimp.optim.conditioners.stable import StableClip
@@ -140,6 +141,37 @@ def test_stable_spam_follows_its_equations_through_two_resets(variant: str) -> N
         assert relative(clip(raw), g * wanted / norm) < 1e-14
         if k % every == 0:
             shared = 1
+
+
+def test_stable_spam_anneals_over_a_run_through_a_reset_and_stays_where_it_ends() -> None:
+    (g1, g2), (b1, b2), theta, lr, every, total = (0.7, 0.9), (0.9, 0.999), 0.999, 1e-2, 5, 8
+    w = nn.Parameter(matrix(*SHAPE))
+    optimizer = StableSPAM([w], lr=lr, weight_decay=0.1, reset_every=every, anneal_steps=total)
+    expected = w.detach().clone()
+    top, first, second, age = torch.zeros(4, dtype=torch.float64)
+    m, v = torch.zeros_like(expected), torch.zeros_like(expected)
+    for k, raw in enumerate(gradients(SHAPE, 12), start=1):
+        w.grad = raw.clone()
+        optimizer.step()
+        s = 0.5 + 0.25 * (1 + math.cos(math.pi * min(k, total + 1) / (total + 1)))
+        top = theta * top + (1 - theta) * raw.abs().max()
+        limit = top / (1 - theta**k)
+        g = torch.where(raw.abs() > limit, raw * limit / raw.abs().max(), raw)
+        first = g1 * s * first + (1 - g1 * s) * g.norm()
+        second = g2 * second + (1 - g2) * g.norm() ** 2
+        g = g / g.norm() * (first / (1 - (g1 * s) ** k)) / ((second / (1 - g2**k)).sqrt() + 1e-8)
+        age += 1
+        if k % every == 0:
+            m, v, age = torch.zeros_like(m), torch.zeros_like(v), torch.ones_like(age)
+        m, v = b1 * s * m + (1 - b1 * s) * g, b2 * v + (1 - b2) * g * g
+        expected -= lr * 0.1 * expected
+        expected -= lr * (m / (1 - (b1 * s) ** age)) / ((v / (1 - b2**age)).sqrt() + 1e-8)
+        assert relative(w.detach(), expected) < 1e-13
+
+
+def test_a_run_of_no_steps_cannot_be_annealed_over() -> None:
+    with pytest.raises(ScrimpError, match="anneal_steps is 0; it must be a whole number of at least 1"):
+        StableSPAM([nn.Parameter(torch.zeros(SHAPE))], anneal_steps=0)
 
 
 def test_the_released_counter_lets_spikes_pass_after_a_reset() -> None:

@@ -50,7 +50,6 @@ def test_a_model_is_divided_by_role_and_decays_in_matrices_alone() -> None:
     assert names[1] == ["model.embed_tokens.weight", "lm_head.weight"]
     assert all("norm" in name for name in names[2])
     assert [group["weight_decay"] for group in found.groups] == [0.1, 0.1, 0.0]
-    assert found.roles_known
 
 
 def test_every_group_has_every_option_and_none_where_it_is_not_projected() -> None:
@@ -101,7 +100,7 @@ def test_bare_parameters_are_projected_by_shape() -> None:
     rest = [parameter(16, 128), parameter(24), parameter(), parameter(8, 8, 3, 3), parameter(64, 1, 4)]
     found = given(p for p in [*inner, *rest])
     assert [group["params"] for group in found.groups] == [inner, rest]
-    assert ranks(found) == [4, None] and not found.roles_known
+    assert ranks(found) == [4, None]
     assert [group["weight_decay"] for group in found.groups] == [0.1, 0.1]
     assert [found.targets[p].role for p in inner] == ["linear", "linear", "experts"]
     assert found.targets[inner[2]].name == "parameter 2" and "param_names" not in found.groups[0]

@@ -200,6 +200,31 @@ def test_frugal_of_columns_holds_two_moments_and_an_index_of_each(shape: tuple[i
     assert sum(value.numel() for value in held) == 2 * shape[0] * shape[1] // 4 + shape[1] // 4
 
 
+@pytest.mark.parametrize("projector", ["svd", "random"])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_frugal_of_directions_is_adam_in_a_quarter_of_the_smaller_side_and_the_sign_of_the_rest(
+    shape: tuple[int, int], projector: Any
+) -> None:
+    ours = parameters(shapes=[shape])
+    optimizer = Frugal(ours, lr=0.01, density=0.25, projector=projector, refresh_every=3)
+    found, expected = optimizer.plan_of(ours[0]), ours[0].detach().clone()
+    for number, step in enumerate(gradients(7, ours)):
+        run(optimizer, ours, [step])
+        g = found.oriented(step[0])
+        basis = found.basis(optimizer.state[ours[0]], g)
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(4, dtype=g.dtype), rtol=0, atol=1e-6)
+        if number % 3 == 0:
+            low = nn.Parameter(torch.zeros(24, 4, dtype=g.dtype))
+            adam = torch.optim.Adam([low], lr=0.01)
+            captured = torch.linalg.svdvals(g)[:4].square().sum()
+            assert projector == "random" or (g @ basis).square().sum() > 0.999 * captured
+        before, low.grad = low.detach().clone(), g @ basis
+        adam.step()
+        rest = g - g @ basis @ basis.mT
+        found.oriented(expected).add_((low.detach() - before) @ basis.mT - 0.01 * rest.sign())
+        assert same(ours, [expected], 1e-12)
+
+
 def test_frugals_sleeping_blocks_hold_no_moments() -> None:
     ours = parameters(shapes=[(12, 10)] * 6)
     optimizer = Frugal(ours, density=1 / 3, order="ascending", refresh_every=2)

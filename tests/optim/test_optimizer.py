@@ -107,16 +107,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_the_run_goes_on(name:
     run(optimizer, ps, steps[:2])
     for _ in range(2):  # the first at a refresh
         before, kept = values(ps), tensors(optimizer, ps)
-        step = {key: g.clone() for key, g in gradients(ps, 1)[0].items()}
-        for g in step.values():
-            g.view(-1)[g.numel() // 2] = bad
-        run(optimizer, ps, [step])
+        run(optimizer, ps, [{key: torch.full_like(p, bad) for key, p in ps.items()}])
         assert differing(values(ps), before) == []
         assert resets or differing(tensors(optimizer, ps), kept) == []
     run(optimizer, ps, steps[2:])
     assert all(p.isfinite().all() for p in ps.values())
     assert all(v.isfinite().all() for v in tensors(optimizer, ps).values() if v.is_floating_point())
     assert set(differing(values(ps), before)) == set(ps)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("name", EVERY)
+def test_an_element_that_is_not_finite_stays_as_it_is_and_spoils_no_other(name: str, bad: float) -> None:
+    ps = parameters()
+    optimizer = make(name, ps, lr=0.01)
+    steps = gradients(ps, 5)
+    run(optimizer, ps, steps[:2])
+    before = values(ps)
+    for g in steps[2].values():
+        g.view(-1)[g.numel() // 2] = bad
+    run(optimizer, ps, steps[2:3])
+    assert all(p.view(-1)[p.numel() // 2] == before[key].view(-1)[p.numel() // 2] for key, p in ps.items())
+    run(optimizer, ps, steps[3:])
+    assert all(p.isfinite().all() for p in ps.values())
+    assert all(v.isfinite().all() for v in tensors(optimizer, ps).values() if v.is_floating_point())
 
 
 def tensors(optimizer: Optimizer, ps: methods.Parameters) -> dict[str, Tensor]:

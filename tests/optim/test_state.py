@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.optim import SGDM, AdamW, AdamW8bit, Frugal, GaLore, GaLore8bit, Lion, QGaLore
+from scrimp.optim.compat import apollo_torch, fira, galore_torch
 
 SPLIT = 5  # between refreshes at 3 and 6, where every matrix but one has taken five steps
 
@@ -94,6 +96,28 @@ def test_a_copied_optimizer_goes_its_own_way_to_the_same_bits() -> None:
     assert differing(values(others), values(ps)) != []
     run(other, others, steps[2:])
     assert differing(values(others), values(ps)) == []
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_pickled_optimizer_goes_on_to_the_same_bits(name: str) -> None:
+    ps = parameters()
+    optimizer = make(name, ps)
+    steps = gradients(ps, 4)
+    run(optimizer, ps, steps[:2])
+    others, other = pickle.loads(pickle.dumps((ps, optimizer)))  # noqa: S301 - our own
+    run(optimizer, ps, steps[2:])
+    assert differing(values(others), values(ps)) != []
+    run(other, others, steps[2:])
+    assert differing(values(others), values(ps)) == []
+
+
+@pytest.mark.parametrize("kind", [galore_torch.GaLoreAdamW, apollo_torch.APOLLOAdamW, fira.FiraAdamW])
+def test_optimizers_by_their_authors_names_are_pickled(kind: Any) -> None:
+    group = {"rank": 4, "update_proj_gap": 3, "scale": 0.25, "alpha": 0.25, "proj_type": "std"}
+    own = {"scale_type": "channel", "proj": "random"} if kind is apollo_torch.APOLLOAdamW else {}
+    del group["scale" if kind is fira.FiraAdamW else "alpha"]
+    optimizer = kind([{"params": [parameters()["tall"]], **group, **own}])
+    assert pickle.loads(pickle.dumps(optimizer)).describe() == optimizer.describe()  # noqa: S301
 
 
 def test_a_state_under_fp32_weights_goes_on_under_fp64_ones_and_back() -> None:

@@ -28,7 +28,7 @@ Oddities:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from scrimp.base.decoder_layers import all_layers
 from scrimp.base.errors import ScrimpError
 
 MLP_NAMES = frozenset({"mlp", "mlp_block", "shared_mlp", "feed_forward", "ffn", "block_sparse_moe"})
@@ -56,7 +56,7 @@ class Recompute:
     """
 
     name: str
-    regions: Callable[[nn.Module], list[nn.Module]]
+    regions: Callable[[nn.Module], Sequence[nn.Module]]
     keep: Callable[[str], bool] | None = None
 
     def apply(self, model: nn.Module) -> None:
@@ -67,7 +67,7 @@ class Recompute:
         """
         regions = self.regions(model)
         if not regions:
-            use = "recompute or everything" if decoder_layers(model) else "everything"
+            use = "recompute or everything" if all_layers(model) else "everything"
             raise ScrimpError(
                 f"activations.name {self.name}: it finds nothing to recompute in model "
                 f"{type(model).__name__}; use {use}"
@@ -104,7 +104,7 @@ def recompute() -> Recompute:
     Keeps 2d bytes a token and layer (bf16). Extra FLOPs a token and layer: 4d·d_q + 4d·d_kv + 4d·f, the
     products but the down projection's, and attention's 4T·d_q over T tokens (half of it if causal).
     """
-    return Recompute("recompute", decoder_layers)
+    return Recompute("recompute", all_layers)
 
 
 def recompute_keep_attention() -> Recompute:
@@ -114,7 +114,7 @@ def recompute_keep_attention() -> Recompute:
     layer (bf16). Extra FLOPs a token and layer: 4d·d_q + 4d·d_kv + 4d·f. Eager attention is no kernel,
     and a kernel that drops at random must run again: with either this is `recompute`.
     """
-    return Recompute("recompute-keep-attention", decoder_layers, _is_attention)
+    return Recompute("recompute-keep-attention", all_layers, _is_attention)
 
 
 def recompute_keep_matmuls() -> Recompute:
@@ -123,7 +123,7 @@ def recompute_keep_matmuls() -> Recompute:
     Keeps 6d + 4d_q + 4d_kv + 4f + 4h bytes a token and layer (bf16). Extra FLOPs: none in products; the
     norms, the rotary embedding and the activation function move their bytes again.
     """
-    return Recompute("recompute-keep-matmuls", decoder_layers, _is_product)
+    return Recompute("recompute-keep-matmuls", all_layers, _is_product)
 
 
 def recompute_mlp() -> Recompute:
@@ -133,21 +133,6 @@ def recompute_mlp() -> Recompute:
     gate's and the up projection's.
     """
     return Recompute("recompute-mlp", _mlps_and_norms)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers of a model, or nothing if they cannot be told.
-
-    They are what transformers marks as layers; in a model without its marks (some old ones, and code
-    of a model's own), the one list of modules that is as long as the configuration says.
-    """
-    marked = [m for _, m in _outermost(model, lambda _, m: isinstance(m, GradientCheckpointingLayer))]
-    if marked:
-        return marked
-    config: Any = getattr(model, "config", None)
-    count = getattr(config and config.get_text_config(), "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return list(lists[0]) if len(lists) == 1 else []
 
 
 def is_random(model: nn.Module) -> bool:
@@ -170,7 +155,7 @@ def _rates(values: dict[str, Any]) -> Iterator[float]:
 
 
 def _mlps_and_norms(model: nn.Module) -> list[nn.Module]:
-    found = [pair for layer in decoder_layers(model) for pair in _outermost(layer, _is_mlp_or_norm)]
+    found = [pair for layer in all_layers(model) for pair in _outermost(layer, _is_mlp_or_norm)]
     return [module for _, module in found] if any(name in MLP_NAMES for name, _ in found) else []
 
 

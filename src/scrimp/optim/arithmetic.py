@@ -4,8 +4,8 @@
 
 One function per kind of parameter, run eagerly or compiled: its pieces are known when it is made, and
 everything that varies (shapes, scalars, seeds) comes as tensors, so that one compilation serves all
-matrices of a kind. A gradient that is not finite changes nothing: `ok` selects the old value everywhere,
-without asking a GPU.
+matrices of a kind. A gradient that is not finite changes nothing, or its elements alone that are not: `ok`
+selects the old value everywhere, without asking a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from scrimp.base.counter_random import round_to_bf16
 from scrimp.base.protocols import RowCodec
 from scrimp.optim.pieces import Composition, Entries, Scalars, Slot, Store, Target, Update
+from scrimp.optim.stores.full import Full
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # stored tensors by name: shape and dtype
 CHUNK = 1 << 18  # elements at a time: what an eager update touches stays in the cache
@@ -35,18 +36,15 @@ class Kind:
         composition: Their pieces.
         target: One of them, without its name, shape and number.
         exact: Keeps what is never quantised.
+        numbers: Names of the step's numbers.
         decays: Whether there is weight decay.
     """
 
     composition: Composition
     target: Target
     exact: Store
+    numbers: tuple[str, ...]
     decays: bool
-
-    @classmethod
-    def of(cls, composition: Composition, target: Target, exact: Store, *, decays: bool) -> Kind:
-        """Return the kind of a parameter."""
-        return cls(composition, replace(target, name="", index=0, count=1, shape=()), exact, decays)
 
     @property
     def is_elementwise(self) -> bool:
@@ -54,6 +52,12 @@ class Kind:
         c = self.composition
         alone = c.conditioner is None or c.conditioner.elementwise
         return alone and c.projector is None and c.rule.elementwise
+
+    @property
+    def guards_elements(self) -> bool:
+        """Whether elements that are not finite are left out one by one: to look at all first takes longer."""
+        c = self.composition
+        return self.is_elementwise and c.conditioner is None and isinstance(c.store, Full)
 
     def store(self, slot: Slot) -> Store:
         """Return the store that keeps a slot of the rule."""
@@ -103,6 +107,7 @@ class Change(NamedTuple):
         dense: Shaped like W.
         decay: What weight decay takes: near 1, what it leaves would be rounded by more.
         codes: New entries that are codes, by name, to be written with `write_codes`.
+        ok: Whether the gradient is finite, or which of its elements are; else nothing is to change.
     """
 
     small: Tensor | None
@@ -110,6 +115,7 @@ class Change(NamedTuple):
     dense: Tensor | None
     decay: Tensor | None
     codes: dict[str, Tensor]
+    ok: Tensor
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Change:
         """Return the change with a function applied to what has W's shape, or is broadcastable to it."""
@@ -117,10 +123,10 @@ class Change(NamedTuple):
         return self._replace(factor=factor, dense=None if self.dense is None else function(self.dense))
 
 
-Middle = Callable[..., "tuple[Tensor | None, dict[str, Tensor]]"]
+Middle = tuple[Tensor | None, dict[str, Tensor], Tensor | None, Tensor | None]
 
 
-def middle(kind: Kind, *, in_place: bool) -> Middle:
+def middle(kind: Kind, *, in_place: bool) -> Callable[..., Middle]:
     """Make the function that updates all state of a parameter and W as far as it can.
 
     Args:
@@ -129,23 +135,33 @@ def middle(kind: Kind, *, in_place: bool) -> Middle:
             part of W's elementwise update (W is rounded but once).
 
     Returns:
-        A function of `(w, g, r, basis, entries, s, noise, ok)`: W and G oriented, G in the subspace, the
-        basis, the stored tensors by name, the step's numbers, a seed and whether the gradient is finite. It
-        returns what is still to be projected back and subtracted, or None; and the new codes, which
-        `write_codes` writes.
+        A function of `(w, g, r, basis, entries, numbers, noise, ok)`: W and G oriented, G in the subspace
+        (None computes it) and the basis (then the seed to draw it from), the stored tensors by name, the
+        step's numbers as one tensor, a seed, and whether the gradient is finite (None finds out). It returns
+        what is still to be projected back and subtracted, or None; the new codes, which `write_codes` writes;
+        where there are codes, whether the gradient is finite; and the gradient's factor.
     """
     composition, first = kind.composition, kind.composition.rule.decay_first
 
     def run(
-        w: Tensor, g: Tensor, r: Tensor, basis: Any, entries: Entries, s: Scalars, noise: Tensor, ok: Tensor
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        change = moments(kind, w, g, r, basis, entries, s, noise, ok, in_place=in_place)
+        w: Tensor,
+        g: Tensor,
+        r: Tensor | None,
+        basis: Any,
+        entries: Entries,
+        numbers: Tensor,
+        noise: Tensor,
+        ok: Tensor | None,
+    ) -> Middle:
+        change = moments(kind, w, g, r, basis, entries, numbers, noise, ok, in_place=in_place)
         if not change.dense is change.factor is change.decay is None:
             new = _moved(w.to(compute_dtype(w)), g, change, first=first)
-            w.copy_(torch.where(ok, _rounded(new, w.dtype, noise, composition.stochastic), w))
-        if change.small is None or change.decay is None or first:
-            return change.small, change.codes
-        return change.small - change.decay * change.small, change.codes
+            w.copy_(torch.where(change.ok, _rounded(new, w.dtype, noise, composition.stochastic), w))
+        small = change.small
+        if small is not None and change.decay is not None and not first:
+            small = small - change.decay * small
+        # What is returned is computed once; otherwise compiled code works out the factor for every element.
+        return small, change.codes, change.ok if change.codes else None, change.factor
 
     return run
 
@@ -154,17 +170,24 @@ def moments(
     kind: Kind,
     w: Tensor,
     g: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     basis: Any,
     entries: Entries,
-    s: Scalars,
+    numbers: Tensor,
     noise: Tensor,
-    ok: Tensor,
+    ok: Tensor | None,
     *,
     in_place: bool,
 ) -> Change:
     """Update all state of a parameter; the arguments are those of `middle`'s function."""
     composition, target, dtype = kind.composition, kind.target, compute_dtype(g)
+    s: Scalars = dict(zip(kind.numbers, numbers.unbind(), strict=True))
+    if r is None:  # the basis is drawn where it is used, with the function that uses it
+        assert composition.projector is not None
+        basis = composition.projector.load({}, {"seed": basis}, replace(target, shape=tuple(g.shape)), g)
+        r = composition.projector.down(g, basis)
+    if ok is None:
+        ok = r.abs() < torch.inf if kind.guards_elements else is_finite(r)  # compiled isfinite is slow
     shape = tuple(r.shape)
     changed: list[tuple[Slot, Store, Tensor]] = []
     rule_slots = composition.rule.slots(shape, target)
@@ -193,7 +216,7 @@ def moments(
         codes |= encode_into(entries, slot, store, value, noise + number + 1, ok)
     decay = step.decay * s["weight_decay"] if kind.decays else None
     small = None if update.small is None else torch.where(ok, update.small, 0.0)
-    return Change(small, update.factor, update.dense, decay, codes)
+    return Change(small, update.factor, update.dense, decay, codes, ok)
 
 
 def move_codes(
@@ -204,7 +227,6 @@ def move_codes(
     change: Change,
     noise: Tensor,
     start: int,
-    ok: Tensor,
 ) -> dict[str, Tensor]:
     """Decode a block of rows of a quantised W, update it and code it again, with fresh scales.
 
@@ -216,14 +238,13 @@ def move_codes(
         change: Theirs; nothing in it is left to be projected back.
         noise: A seed.
         start: Index of the block's first element.
-        ok: Whether the gradient is finite.
 
     Returns:
         The new entries. (Compiled code that wrote them itself would be four times slower.)
     """
     new = _moved(codec.decode(held, torch.float32), g, change, first=kind.composition.rule.decay_first)
     coded = codec.encode(new, noise, start).items()
-    return {name: torch.where(ok, value, held[name]) for name, value in coded}
+    return {name: torch.where(change.ok, value, held[name]) for name, value in coded}
 
 
 def _moved(w: Tensor, g: Tensor, change: Change, *, first: bool) -> Tensor:

@@ -23,14 +23,13 @@ DEVICES = ("cpu", "cuda", "mps")  # that have the kernel
 
 
 def is_adamw(composition: Composition, p: Tensor) -> bool:
-    """Tell whether torch's kernel computes what a composition says for a parameter, as it lies now."""
+    """Tell whether torch's kernel computes what a composition says for a parameter that is contiguous."""
     return (
         composition.projector is None
         and composition.conditioner is None
         and composition.reset == Reset()
         and composition.rule == Adam()
         and composition.store == Full(p.dtype)
-        and p.is_contiguous()
         and p.device.type in DEVICES
         and not isinstance(p, QuantizedParameter)
     )

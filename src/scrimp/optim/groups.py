@@ -66,12 +66,10 @@ class Given:
         groups: Every option of every group, "params" a list of parameters; "param_names" where they
             have names.
         targets: What is known of each parameter, in the order of the groups.
-        roles_known: Whether roles are a model's, and no guess.
     """
 
     groups: list[dict[str, Any]]
     targets: dict[Tensor, Info]
-    roles_known: bool
 
 
 def read(
@@ -100,12 +98,11 @@ def read(
         ScrimpError: There are no parameters; one is there twice, complex, or no leaf; an option is
             unknown, out of range, or in the words of two packages at once.
     """
-    is_model = isinstance(params, nn.Module)
-    parts = [_Part.of_model(params)] if is_model else _parts(params, first)
+    parts = [_Part.of_model(params)] if isinstance(params, nn.Module) else _parts(params, first)
     _check_members(parts)
     parts = _without_vocabularies(parts)
     by_hand = projected is not None and any(marker(projected) in part.own for part in parts)
-    found = Given(groups=[], targets={}, roles_known=is_model)
+    found = Given(groups=[], targets={})
     for part in parts:
         own = own_words(part.own, options, projected, part.where, authors)
         for divided in _divide(replace(part, own=own), options, projected, by_hand):

@@ -8,7 +8,8 @@ inside the backward pass (`fuse_backward`).
 Oddities. Loading keeps every tensor's dtype, where torch casts floats to the parameter's. Counters and seeds
 are plain integers, so that no step waits for a GPU. What a parameter's update draws depends on the seed, its
 name and its step alone. A gradient that is not finite changes neither moments, subspace nor weights, but
-counts as a step; a schedule goes on (a reset falls when it is due).
+counts as a step; a schedule goes on (a reset falls when it is due). Where elements stand alone in full
+precision, only those that are not finite stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from scrimp.base.errors import ScrimpError
 from scrimp.optim import groups as given
 from scrimp.optim.describe import Row, describe_table
-from scrimp.optim.fused_adamw import fused_adamw, is_adamw
+from scrimp.optim.fused_adamw import fused_adamw
 from scrimp.optim.group_options import Authors, marker
 from scrimp.optim.in_backward import BackwardUpdates
 from scrimp.optim.pieces import Entries, Target
@@ -275,7 +276,7 @@ class Optimizer(torch.optim.Optimizer):
         return -grad if self._maximize else grad
 
     def _is_adamw(self, p: nn.Parameter) -> bool:
-        return is_adamw(self._plans[p].composition, p) and not self._maximize
+        return self._plans[p].is_adamw and p.is_contiguous() and not self._maximize
 
     def _update_adamw(self, params: list[nn.Parameter], grads: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
@@ -343,6 +344,8 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs: all but hooks, as with torch, so its updates run at the step."""
+        """Return what a copy needs: no hooks, as with torch, so its updates run at the step, and no code."""
         kept = {name: value for name, value in vars(self).items() if "hook" not in name}
-        return {**kept, "_backward": None}
+        plans = {p: replace(found, runs={}) for p, found in self._plans.items()}
+        updater = Updater(self._updater.seed, self._updater.compiles)
+        return {**kept, "_backward": None, "_plans": plans, "_updater": updater}

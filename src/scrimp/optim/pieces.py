@@ -15,8 +15,8 @@ shortens to r and k the side it keeps (the larger one by default). A transposed 
 know no left or right. A 3-D parameter is a batch of matrices, each with its own subspace. Optimizers
 without a projector see the parameter in its own shape, flat and in blocks where the rule is elementwise.
 
-Scalars that change from step to step (learning rate, bias corrections) are 0-d float64 tensors on the CPU:
-a Python number would be compiled in anew at every step, and a GPU takes a CPU scalar without waiting.
+Scalars that change from step to step (learning rate, bias corrections) are 0-d float64 tensors, all of them
+views of one: a Python number would be compiled in anew at every step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 Role = Literal["linear", "experts", "embedding", "head", "norm", "bias", "router", "conv", "other"]
-Scalars = Mapping[str, Tensor]  # 0-d float64, on the CPU
+Scalars = Mapping[str, Tensor]  # 0-d float64, on the parameter's device
 Entries = dict[str, Any]  # `optimizer.state[p]`: stored tensors by name, and counters as plain integers
 Options = Mapping[str, Any]  # a parameter group's options: lr, betas, eps, weight_decay, ...
 Carry = Callable[[Tensor, "Slot"], Tensor]  # an old slot's value in the new subspace
@@ -138,6 +138,10 @@ class Projector(Protocol):
     @property
     def mixes(self) -> bool:
         """Whether every element of the gradient reaches `down`, so that a non-finite one shows there."""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether `load` is plain arithmetic on the entry "seed", which may be a tensor, and `like`."""
 
     @property
     def refresh_needs_gradient(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
+from scrimp.base.protocols import QuantizedParameter
 from scrimp.base.seeds import derive
-from scrimp.optim.arithmetic import Layout, compute_dtype, decode, key
+from scrimp.optim.arithmetic import Kind, Layout, compute_dtype, decode, key
+from scrimp.optim.fused_8bit import is_8bit
+from scrimp.optim.fused_adamw import is_adamw
 from scrimp.optim.pieces import Composition, Entries, Options, Slot, Store, Target
 from scrimp.optim.stores.full import Full
 
@@ -28,8 +31,12 @@ class Plan:
         exact: Keeps what is never quantised.
         transposed: Whether the pieces see its transpose.
         why: Why it is left unprojected, in a clause; empty where it is projected or nothing would project it.
-        runs: The functions that update it, remembered: to look them up by their pieces takes longer than to
-            call a small one.
+        is_quantized: Whether it holds codes. What is asked of a parameter at every step is asked once: to
+            find it out takes longer than to update a small one.
+        is_adamw: Whether torch's kernel computes what the pieces say, wherever its numbers lie in order.
+        is_8bit: Whether our 8-bit kernel does, likewise.
+        kinds: What its code depends on, without and with weight decay.
+        runs: The functions that update it.
     """
 
     composition: Composition
@@ -37,6 +44,10 @@ class Plan:
     exact: Store
     transposed: bool = False
     why: str = ""
+    is_quantized: bool = False
+    is_adamw: bool = False
+    is_8bit: bool = False
+    kinds: dict[bool, Kind] = field(default_factory=dict)
     runs: dict[tuple[bool, bool], Callable[..., Any]] = field(default_factory=dict)
 
     def kind(self) -> tuple[Composition, tuple[int, ...], bool]:
@@ -123,8 +134,16 @@ class Plan:
             return True
         return c.projector.refresh_needs_gradient and (not state or c.projector.due(state, step))
 
-    def scalars(self, state: Entries, options: Options, step: int) -> dict[str, float]:
-        """Return the numbers of 0-based `step`."""
+    def kind_of(self, numbers: Mapping[str, float], options: Options) -> Kind:
+        """Return what the update's code depends on, where the step has these numbers."""
+        decays = options["weight_decay"] != 0
+        if decays not in self.kinds:
+            target = replace(self.target, name="", index=0, count=1, shape=())
+            self.kinds[decays] = Kind(self.composition, target, self.exact, tuple(numbers), decays)
+        return self.kinds[decays]
+
+    def numbers(self, state: Entries, options: Options, step: int) -> dict[str, float]:
+        """Return the numbers of 0-based `step`, by name: always the same names."""
         c, age, rewarm = self.composition, step + 1, 1.0
         if c.projector is not None and c.projector.on_refresh == "reset":
             age = step - state["refreshed"] + 1
@@ -132,7 +151,7 @@ class Plan:
             since = (step + 1) % c.reset.every
             rewarm = c.reset.factor(since)
             age = min(age, since + 1) if c.reset.restart else age
-        options = {**options, "lr": float(options["lr"])}
+        options = {**options, "lr": float(options["lr"]), "step": step + 1}
         numbers = {
             "rewarm": rewarm,
             "lr": options["lr"],
@@ -170,9 +189,20 @@ def plan(p: Tensor, target: Target, options: Options, compose: Compose, *, mark:
         wide = {name: exact for name, store in stores.items() if double and isinstance(store, Full)}
         return replace(composition, **wide)  # type: ignore[arg-type]
 
+    def planned(composition: Composition, target: Target, **more: Any) -> Plan:
+        return Plan(
+            composition=composition,
+            target=target,
+            exact=exact,
+            is_quantized=isinstance(p, QuantizedParameter),
+            is_adamw=is_adamw(composition, p),
+            is_8bit=is_8bit(composition, p),
+            **more,
+        )
+
     composition = widened(compose(options))
     if composition.projector is None:
-        return Plan(composition=composition, target=target, exact=exact)
+        return planned(composition, target)
     if p.ndim < 2:
         raise ScrimpError(
             f"{target.name} has {p.ndim} dimension{'' if p.ndim == 1 else 's'}, and only matrices can be "
@@ -193,8 +223,8 @@ def plan(p: Tensor, target: Target, options: Options, compose: Compose, *, mark:
         _refuse_rotation(composition, oriented)
     if why and not asked:
         rest = widened(compose({**options, mark: None}))
-        return Plan(composition=rest, target=target, exact=exact, why=why)
-    return Plan(composition=composition, target=oriented, exact=exact, transposed=transposed)
+        return planned(rest, target, why=why)
+    return planned(composition, oriented, transposed=transposed)
 
 
 def _refuse_rotation(composition: Composition, target: Target) -> None:

@@ -32,7 +32,8 @@ from scrimp.optim.arithmetic import (
     part,
     write_codes,
 )
-from scrimp.optim.pieces import Entries, Options, Scalars, Slot, Store
+from scrimp.optim.fused_8bit import fused_8bit, is_ready
+from scrimp.optim.pieces import Entries, Options, Slot, Store
 from scrimp.optim.plan import Plan
 from scrimp.optim.stores.full import Full
 
@@ -52,7 +53,7 @@ class Updater:
     seed: int
     compiles: bool
     _functions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-    _last: tuple[dict[str, float], Scalars] = field(default_factory=lambda: ({}, {}))
+    _last: tuple[Any, Tensor] = field(default_factory=lambda: (None, torch.empty(0)))
 
     def update(
         self,
@@ -139,26 +140,32 @@ class Updater:
         self, p: nn.Parameter, grad: Tensor, plan: Plan, state: Entries, options: Options
     ) -> None:
         """Update a parameter in its own shape, flat and block by block where that is possible."""
-        kind = _kind(plan, options)
-        s, noise = self._scalars(plan, state, options), plan.noise(self.seed, state["step"])
-        ok = is_finite(grad)
-        entries = _tensors(state)
-        if isinstance(p, QuantizedParameter):
-            self._update_codes(p, plan, kind, (grad, grad, None, entries, s, noise, ok))
+        numbers, entries = plan.numbers(state, options, state["step"]), _tensors(state)
+        if plan.is_8bit and is_ready(p):
+            fused_8bit(p, grad, plan.composition.rule, entries, numbers)
+            return
+        values, noise = self._values(numbers, p.device), plan.noise(self.seed, state["step"])
+        kind = plan.kind_of(numbers, options)
+        if plan.is_quantized:
+            self._update_codes(p, plan, kind, (grad, grad, None, entries, values, noise, is_finite(grad)))
             return
         run = self._middle(plan, kind, in_place=False)
         w = p.detach()
         if not (kind.is_elementwise and w.is_contiguous()):
-            run(w, grad, grad, None, entries, s, noise, ok)
+            run(w, grad, grad, None, entries, values, noise, None)
             return
         w, g, count = w.view(-1), grad.reshape(-1), w.numel()
-        block = max((plan.store(slot).block(slot) for slot in plan.rule_slots(state["step"])), default=1)
         # A compiled loop over full-precision state holds nothing in between, and each call takes its time.
-        is_one = self.compiles and isinstance(plan.composition.store, Full)
-        for number, (first, last) in enumerate([(0, count)] if is_one else chunks(count, block)):
+        if self.compiles and isinstance(plan.composition.store, Full):
+            flat = {name: tensor.view(-1) for name, tensor in entries.items()}
+            run(w, g, g, None, flat, values, noise, None)
+            return
+        block = max((plan.store(slot).block(slot) for slot in plan.rule_slots(state["step"])), default=1)
+        ok = None if kind.guards_elements else is_finite(grad)
+        for number, (first, last) in enumerate(chunks(count, block)):
             held = {name: part(tensor, first, last, count) for name, tensor in entries.items()}
             mine = g[first:last].data  # compiled code is made anew for views of other shapes
-            run(w[first:last].data, mine, mine, None, held, s, noise + (number << 20), ok)
+            run(w[first:last].data, mine, mine, None, held, values, noise + (number << 20), ok)
 
     def _update_projected(
         self,
@@ -175,40 +182,45 @@ class Updater:
         if small is None:
             g = composition.lift.prepare(g, plan.lift_slots(state, compute_dtype(p)))
             self.refresh_when_due(g, plan, state)
-        basis = plan.basis(state, g)
-        r = projector.down(g, basis) if small is None else small
-        seen = r if projector.mixes or small is not None else g
-        ok = is_finite(seen)
-        kind, entries = _kind(plan, options), _tensors(state)
-        s, noise = self._scalars(plan, state, options), plan.noise(self.seed, step)
-        if isinstance(p, QuantizedParameter):
-            self._update_codes(p, plan, kind, (g, r, basis, entries, s, noise, ok))
+        basis, r = None, small
+        # To draw a basis in compiled code takes a tenth of the time, and to hand it over as much again.
+        if self.compiles and projector.is_drawn and r is None:
+            basis = torch.tensor(state["seed"])
+        else:
+            basis = plan.basis(state, g)
+            r = projector.down(g, basis) if r is None else r
+        ok = None if projector.mixes or small is not None else is_finite(g)
+        numbers, entries = plan.numbers(state, options, step), _tensors(state)
+        values, noise = self._values(numbers, p.device), plan.noise(self.seed, step)
+        kind = plan.kind_of(numbers, options)
+        if plan.is_quantized:
+            self._update_codes(p, plan, kind, (g, r, basis, entries, values, noise, ok))
             return
         # A window's dimensions can only be viewed as one where they lie in order (not in channels_last).
         whole = p.detach() if p.ndim < 4 else p.detach().contiguous()
         w = plan.oriented(whole)
         # Narrow weights are rounded once, stochastically: no product adds into them directly.
         in_place = not (composition.stochastic and w.dtype == torch.bfloat16)
-        left = self._middle(plan, kind, in_place=in_place)(w, g, r, basis, entries, s, noise, ok)
+        left = self._middle(plan, kind, in_place=in_place)(w, g, r, basis, entries, values, noise, ok)
         if left is not None:
-            projector.subtract(w, left.to(w.dtype), basis)
+            projector.subtract(w, left.to(w.dtype), plan.basis(state, g) if r is None else basis)
         if p.ndim > 3 and not p.is_contiguous():
             p.copy_(whole)
 
     def _update_codes(
         self,
-        p: QuantizedParameter,
+        p: nn.Parameter,
         plan: Plan,
         kind: Kind,
-        given: tuple[Tensor, Tensor, Any, Entries, Scalars, Tensor, Tensor],
+        given: tuple[Tensor, Tensor | None, Any, Entries, Tensor, Tensor, Tensor | None],
     ) -> None:
         """Update a parameter that holds codes, in blocks of rows: it has no full-precision copy."""
-        assert isinstance(p, Tensor)
-        g, noise, ok = given[0], *given[-2:]
+        assert isinstance(p, QuantizedParameter)
+        g, noise = given[0], given[-2]
         run = self._function(lambda: functools.partial(moments, kind, in_place=False), "moments", kind)
         move = self._function(lambda: functools.partial(move_codes, kind, p.codec), "codes", kind, p.codec)
         change = run(p, *given)
-        write_codes(given[3], change.codes, ok)
+        write_codes(given[3], change.codes, change.ok)
         if plan.transposed:
             g, change = g.mT, change.each(lambda t: t.mT if t.ndim else t)
         rows, columns = p.shape
@@ -217,15 +229,14 @@ class Updater:
             last = min(first + step, rows)
             mine = change.each(functools.partial(_rows, first=first, last=last))
             held = p.stored_rows(first, last)
-            for name, value in move(held, g[first:last], mine, noise, first * columns, ok).items():
+            for name, value in move(held, g[first:last], mine, noise, first * columns).items():
                 held[name].copy_(value)
 
-    def _scalars(self, plan: Plan, state: Entries, options: Options) -> Scalars:
-        """Return the step's numbers as 0-d float64 tensors on the CPU, made once for parameters alike."""
-        numbers = plan.scalars(state, options, state["step"])
-        if numbers != self._last[0]:
-            values = torch.tensor(list(numbers.values()), dtype=torch.float64).unbind()
-            self._last = (numbers, dict(zip(numbers, values, strict=True)))
+    def _values(self, numbers: dict[str, float], device: torch.device) -> Tensor:
+        """Return the step's numbers as one float64 tensor, made once for parameters alike."""
+        if (numbers, device) != self._last[0]:
+            values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+            self._last = ((numbers, device), values.to(device, non_blocking=True))
         return self._last[1]
 
     def _middle(self, plan: Plan, kind: Kind, *, in_place: bool) -> Callable[..., Any]:
@@ -241,26 +252,30 @@ class Updater:
         if name not in self._functions:
             function = make()
             if self.compiles:
-                # Each kind on its own: they share one code object, whose recompilations are limited.
-                function = _compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True)
+                # Each kind on its own: they share one code object, whose recompilations are limited. To look
+                # at every call whether the modules' own names are as they were takes a fifth of a small one.
+                function = _compile(
+                    function,
+                    fullgraph=True,
+                    dynamic=True,
+                    isolate_recompiles=True,
+                    options={"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe},
+                )
             self._functions[name] = function
         return self._functions[name]
 
 
-def _writing(run: Middle) -> Callable[..., Tensor | None]:
+def _writing(run: Callable[..., Middle]) -> Callable[..., Tensor | None]:
     """Return a function that writes the codes which the arithmetic left."""
 
     def written(*given: Any) -> Tensor | None:
         small: Tensor | None
-        small, codes = run(*given)
-        write_codes(given[4], codes, given[7])
+        small, codes, ok, _ = run(*given)
+        if ok is not None:
+            write_codes(given[4], codes, ok)
         return small
 
     return written
-
-
-def _kind(plan: Plan, options: Options) -> Kind:
-    return Kind.of(plan.composition, plan.target, plan.exact, decays=options["weight_decay"] != 0)
 
 
 def _tensors(state: Entries) -> dict[str, Tensor]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from scrimp.base.decoder_layers import decoder_layers
 from scrimp.base.errors import ScrimpError
 
 Parameters = tuple[nn.Parameter, ...]
@@ -81,24 +82,6 @@ def find_layers(model: nn.Module, *, tune: str) -> Layers:
     )
 
 
-def decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the decoder layers of a model: its largest list of modules; nothing where it has none.
-
-    A configuration that says how many layers there are (transformers') leaves lists of another length out,
-    such as those of a vision tower.
-    """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    count = getattr(text, "num_hidden_layers", None)
-    lists: list[nn.Module] = [
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and count in (None, len(m))
-    ]
-    if not lists:
-        return ()
-    # A list within a layer (experts, say) is smaller than the layers', or comes after it.
-    return tuple(max(lists, key=_size).children())
-
-
 def is_adapter(module: nn.Module) -> bool:
     """Tell whether a module is an adapter around another, whose output it adds to or changes."""
     return isinstance(getattr(module, "base_layer", None), nn.Module)
@@ -128,10 +111,6 @@ def wake(
             parameter.grad = None
         if forget == "all" or (forget == "asleep" and not is_awake):
             optimizer.state.pop(parameter, None)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,6 +21,7 @@ Deliberately different, besides what `authors` lists:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -69,23 +70,11 @@ class _Apollo(AuthorsOptimizer):
         hold: bool,
         compile: bool,
     ) -> None:
-        def project(group: Options) -> Projector:
-            check_channels({"side": group["proj_type"]})
-            require("proj", group["proj"], ("random", "svd"))
-            if group["proj"] == "svd":
-                return singular_vectors(group)
-            rank, every, side = group["rank"], group["update_proj_gap"], group["proj_type"]
-            return Random(rank=rank, every=every, side=side, seed=1, hold=hold, released=True)
-
-        def lift(group: Options) -> ScaleGradient:
-            require("scale_type", group["scale_type"], ("channel", "tensor"))
-            return ScaleGradient(math.sqrt(group["scale"]), group["scale_type"], gamma, scale_front)
-
         super().__init__(
             params,
             rule=rule,
-            projector=project,
-            lift=lift,
+            projector=functools.partial(_sketch, hold),
+            lift=functools.partial(_scale_gradient, gamma, scale_front),
             options=options,
             projected=_GROUP,
             compile=compile,
@@ -220,3 +209,17 @@ class _AdamWithoutDecay(Adam):
 
 def _adam_of_bitsandbytes(options: Options) -> Rule:
     return _AdamWithoutDecay() if options["rank"] is None else AdamThatDecaysLast()
+
+
+def _sketch(hold: bool, group: Options) -> Projector:
+    check_channels({"side": group["proj_type"]})
+    require("proj", group["proj"], ("random", "svd"))
+    if group["proj"] == "svd":
+        return singular_vectors(group)
+    rank, every, side = group["rank"], group["update_proj_gap"], group["proj_type"]
+    return Random(rank=rank, every=every, side=side, seed=1, hold=hold, released=True)
+
+
+def _scale_gradient(gamma: float | None, scale_front: bool, group: Options) -> ScaleGradient:
+    require("scale_type", group["scale_type"], ("channel", "tensor"))
+    return ScaleGradient(math.sqrt(group["scale"]), group["scale_type"], gamma, scale_front)

@@ -22,9 +22,10 @@ Deliberately different in all of them:
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scrimp.base.errors import ScrimpError
@@ -65,15 +66,7 @@ class AuthorsOptimizer(Optimizer):
         store: Store = FULL,
         compile: bool = False,
     ) -> None:
-        project = projector or singular_vectors
-
-        def compose(group: Options) -> Composition:
-            if group["rank"] is None:
-                return Composition(rule=rule(group), store=store, basis_store=FULL)
-            return Composition(
-                rule=rule(group), projector=project(group), lift=lift(group), store=store, basis_store=FULL
-            )
-
+        compose = functools.partial(_composed, rule, projector or singular_vectors, lift, store)
         super().__init__(params, compose=compose, options=options, projected=projected, compile=compile)
         self._warn_of_cut_ranks()
 
@@ -91,6 +84,17 @@ class AuthorsOptimizer(Optimizer):
                 "such a matrix needs more state than without a rank",
                 stacklevel=4,
             )
+
+
+def _composed(
+    rule: Callable[[Options], Rule],
+    projector: Callable[[Options], Projector],
+    lift: Callable[[Options], Lift],
+    store: Store,
+    group: Options,
+) -> Composition:
+    whole = Composition(rule=rule(group), store=store, basis_store=FULL)
+    return whole if group["rank"] is None else replace(whole, projector=projector(group), lift=lift(group))
 
 
 def options_of_adam(
@@ -147,6 +151,8 @@ class AdamThatDecaysLast(Adam):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutSingularVectors(SingularVectors):
     """Singular vectors, as many as there are where the rank is above the smaller side."""
+
+    rank: int
 
     def check(self, target: Target) -> str | None:
         """Take any matrix."""

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from scrimp.optim.annealing import annealed
 from scrimp.optim.conditioners.matrices import matrices
 from scrimp.optim.pieces import Options, Scalars, Slot, Target
 
@@ -31,6 +32,7 @@ class StableClip:
         theta: Decay rate of the tracked maximum.
         every: Updates between resets of the moments, as in `Reset`; only "released" reads it.
         variant: "paper" counts all updates, "released" those since the last reset.
+        anneal_steps: Updates over which gamma1 falls to its half; None keeps it.
 
     References:
         Stable-SPAM, Huang et al., 2025, arXiv 2502.17055.
@@ -40,6 +42,7 @@ class StableClip:
     theta: float = 0.999
     every: int = 1000
     variant: Literal["paper", "released"] = "paper"
+    anneal_steps: int | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -57,7 +60,8 @@ class StableClip:
         t = step
         if self.variant == "released" and self.every and step > self.every:
             t = (step - 1) % self.every + 2  # a reset leaves 1 behind, and only after it was used
-        decays = {"theta": self.theta, "gamma1": self.gammas[0], "gamma2": self.gammas[1]}
+        gamma1 = annealed(self.gammas[0], step, self.anneal_steps)
+        decays = {"theta": self.theta, "gamma1": gamma1, "gamma2": self.gammas[1]}
         corrections = {f"{name}_c": 1 - decay**t for name, decay in decays.items()}
         return {**decays, **corrections, "norm_eps": options["eps"]}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, Unpack
 
 from scrimp.optim.conditioners.spike_clip import SpikeClip
 from scrimp.optim.conditioners.stable import StableClip
 from scrimp.optim.named.common import Betas, Common, Named, Pieces
 from scrimp.optim.named.subspace import check_variant
-from scrimp.optim.pieces import Reset
+from scrimp.optim.pieces import Conditioner, Options, Reset
+from scrimp.optim.projectors.orientation import require_count
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.rules.adam_mini import AdamMini as AdamMiniRule
 
@@ -45,7 +48,7 @@ class AdamW(Named):
         **common: Unpack[Common],
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, lambda _: Pieces(Adam()), options, common)
+        super().__init__(params, Pieces(Adam()), options, common)
 
 
 class AdamW8bit(AdamW):
@@ -141,7 +144,7 @@ class AdamMini(Named):
         **common: Unpack[Common],
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, lambda _: Pieces(AdamMiniRule()), options, common)
+        super().__init__(params, Pieces(AdamMiniRule()), options, common)
 
 
 class SPAM(Named):
@@ -181,15 +184,11 @@ class SPAM(Named):
         variant: Literal["paper", "released"] = "paper",
         **common: Unpack[Common],
     ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        reset = Reset(warmup=warmup, restart=False)
-
         check_variant(variant)
-
-        def pieces(options: Any) -> Pieces:
-            spikes = SpikeClip(theta=theta, every=options["reset_every"], variant=variant)
-            return Pieces(Adam(convention="hf"), conditioner=spikes, reset=reset)
-
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        spikes = functools.partial(SpikeClip, theta=theta, variant=variant)
+        reset = Reset(warmup=warmup, restart=False)
+        pieces = functools.partial(_clipped, Adam(convention="hf"), spikes, reset)
         super().__init__(params, pieces, options, common)
 
 
@@ -204,6 +203,8 @@ class StableSPAM(Named):
         weight_decay: Decoupled decay, before the update.
         gammas: Decay rates of the norm's two moments.
         theta: Decay rate of the running maximum.
+        anneal_steps: Updates over which a cosine halves beta1 and the first gamma (the authors' `total_T`);
+            None keeps them.
         variant: "released" counts the maximum's bias correction from each reset, which switches clipping off
             for some hundred steps.
         common: See `scrimp.optim.named`; `reset_every` is 1,000 here.
@@ -227,17 +228,24 @@ class StableSPAM(Named):
         weight_decay: float = 0.0,
         gammas: Betas = (0.7, 0.9),
         theta: float = 0.999,
+        anneal_steps: int | None = None,
         variant: Literal["paper", "released"] = "paper",
         **common: Unpack[Common],
     ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-
         check_variant(variant)
-
-        def pieces(options: Any) -> Pieces:
-            clip = StableClip(
-                gammas=(gammas[0], gammas[1]), theta=theta, every=options["reset_every"], variant=variant
-            )
-            return Pieces(Adam(), conditioner=clip)
-
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if anneal_steps is not None:
+            require_count("anneal_steps", anneal_steps)
+        clip = functools.partial(
+            StableClip,
+            gammas=(gammas[0], gammas[1]),
+            theta=theta,
+            variant=variant,
+            anneal_steps=anneal_steps,
+        )
+        pieces = functools.partial(_clipped, Adam(anneal_steps=anneal_steps), clip, None)
         super().__init__(params, pieces, options, common)
+
+
+def _clipped(rule: Adam, clip: Callable[..., Conditioner], reset: Reset | None, options: Options) -> Pieces:
+    return Pieces(rule, conditioner=clip(every=options["reset_every"]), reset=reset)

@@ -8,6 +8,7 @@ needed, where the authors' code keeps it.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, Unpack
 
@@ -82,14 +83,7 @@ class Apollo(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-        seed = common.get("seed", 0)
-
-        def project(options: Options) -> Projected:
-            check_channels(options)
-            require("scale_type", options["scale_type"], ("channel", "tensor"))
-            lift = ScaleGradient(options["scale"], options["scale_type"], gamma, scale_front)
-            return Projected(_sketch(options, variant, seed, hold=hold), lift)
-
+        project = functools.partial(_apollo, gamma, scale_front, hold, variant, common.get("seed", 0))
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {
             "rank": rank,
@@ -152,6 +146,15 @@ class ApolloMini(Apollo):
             variant=variant,
             **common,
         )
+
+
+def _apollo(
+    gamma: float | None, scale_front: bool, hold: bool, variant: Variant, seed: int, options: Options
+) -> Projected:
+    check_channels(options)
+    require("scale_type", options["scale_type"], ("channel", "tensor"))
+    lift = ScaleGradient(options["scale"], options["scale_type"], gamma, scale_front)
+    return Projected(_sketch(options, variant, seed, hold=hold), lift)
 
 
 def _sketch(options: Options, variant: Variant, seed: int, *, hold: bool) -> Projector:

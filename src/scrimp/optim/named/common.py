@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypedDict
@@ -51,7 +52,8 @@ class Named(Optimizer):
 
     Args:
         params: A model, parameters, or groups.
-        pieces: Makes a group's pieces, by its options.
+        pieces: Every group's, or what makes a group's by its options: like all that is kept a function of a
+            module or a partial of one, not a closure, so that optimizers can be pickled.
         options: Those of every group, besides the common ones.
         common: The common options that were given.
         projected: Those of projected groups alone; the first, where it has a value, marks such a group.
@@ -68,7 +70,7 @@ class Named(Optimizer):
     def __init__(
         self,
         params: Any,
-        pieces: Callable[[Options], Pieces],
+        pieces: Pieces | Callable[[Options], Pieces],
         options: Mapping[str, Any],
         common: Common,
         *,
@@ -83,7 +85,7 @@ class Named(Optimizer):
         }
         super().__init__(
             params,
-            compose=lambda options: _composed(options, pieces(options)),
+            compose=functools.partial(_composed, pieces),
             options=every,
             projected=projected,
             authors=authors,
@@ -106,7 +108,8 @@ def _check(common: Common, others: Iterable[str]) -> None:
         raise ScrimpError(f"seed must be a whole number of at least 0, not {seed!r} ({type(seed).__name__})")
 
 
-def _composed(options: Options, pieces: Pieces) -> Composition:
+def _composed(pieces: Pieces | Callable[[Options], Pieces], options: Options) -> Composition:
+    pieces = pieces if isinstance(pieces, Pieces) else pieces(options)
     return Composition(
         rule=pieces.rule,
         projector=pieces.projector,

@@ -10,6 +10,7 @@ get the same Adam without a scale.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Unpack
 
 from scrimp.optim.conditioners.natural_gradient import NaturalGradient
@@ -69,12 +70,7 @@ class GaLore(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-
-        def project(options: Options) -> Projected:
-            return Projected(
-                singular_vectors(options, variant, common.get("seed", 0)), ProjectBack(options["scale"])
-            )
-
+        project = functools.partial(_galore, variant, common.get("seed", 0))
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
         super().__init__(
@@ -131,12 +127,7 @@ class GaLore8bit(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-
-        def project(options: Options) -> Projected:
-            return Projected(
-                singular_vectors(options, variant, common.get("seed", 0)), ProjectBack(options["scale"])
-            )
-
+        project = functools.partial(_galore, variant, common.get("seed", 0))
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
         super().__init__(
@@ -196,16 +187,7 @@ class QGaLore(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-        released = variant == "released"
-
-        def project(options: Options) -> Projected:
-            lazy = Lazy(threshold=threshold, signed=released)
-            return Projected(
-                singular_vectors({**options, "side": "std"}, variant, common.get("seed", 0), lazy),
-                ProjectBack(options["scale"]),
-                basis_store=Group4(released=released),
-            )
-
+        project = functools.partial(_q_galore, threshold, variant, common.get("seed", 0))
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale}
         super().__init__(
@@ -261,15 +243,8 @@ class NaturalGaLore(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-        side = "full" if variant == "released" else "std"
-
-        def project(options: Options) -> Projected:
-            return Projected(
-                singular_vectors({**options, "side": side}, variant, common.get("seed", 0)),
-                ProjectBack(options["scale"]),
-                conditioner=NaturalGradient(history=history, damping=damping),
-            )
-
+        fisher = NaturalGradient(history=history, damping=damping)
+        project = functools.partial(_natural_galore, fisher, variant, common.get("seed", 0))
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale}
         super().__init__(
@@ -280,3 +255,19 @@ class NaturalGaLore(LowRank):
             projected,
             common,
         )
+
+
+def _galore(variant: Variant, seed: int, options: Options) -> Projected:
+    return Projected(singular_vectors(options, variant, seed), ProjectBack(options["scale"]))
+
+
+def _q_galore(threshold: float, variant: Variant, seed: int, options: Options) -> Projected:
+    released = variant == "released"
+    lazy = Lazy(threshold=threshold, signed=released)
+    basis = singular_vectors({**options, "side": "std"}, variant, seed, lazy)
+    return Projected(basis, ProjectBack(options["scale"]), basis_store=Group4(released=released))
+
+
+def _natural_galore(fisher: NaturalGradient, variant: Variant, seed: int, options: Options) -> Projected:
+    side = "full" if variant == "released" else "std"
+    return _galore(variant, seed, {**options, "side": side})._replace(conditioner=fisher)

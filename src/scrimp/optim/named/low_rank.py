@@ -10,7 +10,9 @@ projected get the same Adam, whole.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, get_args
 
 from scrimp.optim.lifts.back import ProjectBack
 from scrimp.optim.lifts.feedback import ErrorFeedback
@@ -31,7 +33,11 @@ from scrimp.optim.projectors.blocks import Blocks, Order
 from scrimp.optim.projectors.coordinates import Coordinates
 from scrimp.optim.projectors.dct import Cosine
 from scrimp.optim.projectors.orientation import require
+from scrimp.optim.projectors.random import Random
+from scrimp.optim.projectors.svd import SingularVectors
 from scrimp.optim.rules.adam import Adam
+
+Part = Literal["blocks", "columns", "rows", "elements", "svd", "random"]
 
 
 class Fira(LowRank):
@@ -79,12 +85,7 @@ class Fira(LowRank):
         **common: Unpack[Common],
     ) -> None:
         check_variant(variant)
-
-        def project(options: Options) -> Projected:
-            check_channels(options)
-            lift = ScaledResidual(options["scale"], gamma, variant)
-            return Projected(singular_vectors(options, variant, common.get("seed", 0)), lift)
-
+        project = functools.partial(_fira, gamma, variant, common.get("seed", 0))
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
         super().__init__(
@@ -108,7 +109,9 @@ class Frugal(LowRank):
         density: The part that keeps state, rho; None projects only groups that name theirs.
         refresh_every: Steps between choices of the part.
         scale: Factor of the update of projected matrices (the authors' `proj_params_lr_scale`).
-        projector: What the part consists of; "blocks" are whole matrices, what the scripts call frugal.
+        projector: What the part consists of: "blocks" are whole matrices, what the scripts call frugal;
+            "columns", "rows" or "elements" of each; its leading singular vectors ("svd"), or "random"
+            directions at right angles, as many as are that part of its smaller side, at least one.
         order: In which blocks take turns: "random", "ascending", "descending" or "mirror".
         residual: What the rest gets: its "sign", itself ("sgd") or "none".
         residual_scale: Further factor of the rest's update (`inactive_lr_scale`); 0.1 for fine-tuning.
@@ -118,7 +121,8 @@ class Frugal(LowRank):
         common: See `scrimp.optim.named`.
 
     Memory:
-        For a matrix (m, n): density 2 m n numbers on average, none in blocks that sleep.
+        For a matrix (m, n): density 2 m n numbers on average, none in blocks that sleep; "svd" keeps its
+        vectors besides.
 
     References:
         FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training, Zmushko et
@@ -133,7 +137,7 @@ class Frugal(LowRank):
         density: float | None = 0.25,
         refresh_every: int = 200,
         scale: float = 1.0,
-        projector: Literal["blocks", "columns", "rows", "elements"] = "blocks",
+        projector: Part = "blocks",
         order: Order = "random",
         residual: Literal["sign", "sgd", "none"] = "sign",
         residual_scale: float = 1.0,
@@ -142,21 +146,14 @@ class Frugal(LowRank):
         weight_decay: float = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        require("projector", projector, ("blocks", "columns", "rows", "elements"))
+        require("projector", projector, get_args(Part))
         require("residual", residual, ("sign", "sgd", "none"))
 
-        def project(options: Options) -> Projected:
-            density, every, scale = options["density"], options["refresh_every"], options["scale"]
-            part: Projector
-            if projector == "blocks":
-                part = Blocks(density=density, order=order, every=every, seed=common.get("seed", 0))
-            else:
-                part = Coordinates(density=density, kind=projector, every=every, seed=common.get("seed", 0))
-            lift: Lift = ProjectBack(scale)
-            if residual != "none":
-                lift = SignResidual(scale, residual_scale, residual)
-            return Projected(part, lift)
-
+        seed = common.get("seed", 0)
+        lift: Callable[[float], Lift] = ProjectBack
+        if residual != "none":
+            lift = functools.partial(SignResidual, residual_scale=residual_scale, residual=residual)
+        project = functools.partial(_frugal, projector, order, seed, lift)
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"density": density, "refresh_every": refresh_every, "scale": scale}
         super().__init__(
@@ -211,17 +208,8 @@ class DCTAdamW(LowRank):
         weight_decay: float = 0.01,
         **common: Unpack[Common],
     ) -> None:
-
-        def project(options: Options) -> Projected:
-            basis = Cosine(
-                rank=options["rank"],
-                every=options["refresh_every"],
-                side=options["side"],
-                on_refresh="rotate" if rotate else "keep",
-            )
-            scale = options["scale"]
-            return Projected(basis, ErrorFeedback(scale) if error_feedback else ProjectBack(scale))
-
+        basis = functools.partial(Cosine, on_refresh="rotate" if rotate else "keep")
+        project = functools.partial(_dct, basis, ErrorFeedback if error_feedback else ProjectBack)
         options = adam_options(lr, betas, eps, weight_decay)
         projected = {"rank": rank, "refresh_every": refresh_every, "scale": scale, "side": side}
         super().__init__(
@@ -232,3 +220,32 @@ class DCTAdamW(LowRank):
             projected,
             common,
         )
+
+
+def _fira(gamma: float | None, variant: Variant, seed: int, options: Options) -> Projected:
+    check_channels(options)
+    lift = ScaledResidual(options["scale"], gamma, variant)
+    return Projected(singular_vectors(options, variant, seed), lift)
+
+
+def _frugal(
+    kind: Part, order: Order, seed: int, lift: Callable[[float], Lift], options: Options
+) -> Projected:
+    density, every = options["density"], options["refresh_every"]
+    part: Projector
+    match kind:
+        case "blocks":
+            part = Blocks(density=density, order=order, every=every, seed=seed)
+        case "svd":
+            part = SingularVectors(rank=float(density), every=every, seed=seed, on_refresh="reset")
+        case "random":
+            rank = float(density)
+            part = Random(rank=rank, every=every, seed=seed, orthonormal=True, on_refresh="reset")
+        case "columns" | "rows" | "elements":
+            part = Coordinates(density=density, kind=kind, every=every, seed=seed)
+    return Projected(part, lift(options["scale"]))
+
+
+def _dct(basis: Callable[..., Projector], lift: Callable[[float], Lift], options: Options) -> Projected:
+    columns = basis(rank=options["rank"], every=options["refresh_every"], side=options["side"])
+    return Projected(columns, lift(options["scale"]))

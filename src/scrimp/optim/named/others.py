@@ -32,7 +32,7 @@ class SGDM(Named):
         **common: Unpack[Common],
     ) -> None:
         rule = sgd.SGD(momentum=momentum)
-        super().__init__(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
+        super().__init__(params, Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
 
 
 class Lion(Named):
@@ -62,7 +62,7 @@ class Lion(Named):
         **common: Unpack[Common],
     ) -> None:
         options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, lambda _: Pieces(lion.Lion()), options, common)
+        super().__init__(params, Pieces(lion.Lion()), options, common)
 
 
 class Lion8bit(Lion):
@@ -119,7 +119,7 @@ class Adafactor(Named):
         rule = adafactor.Adafactor(
             beta1=momentum or None, scale_parameter=scale_parameter, relative_step=relative_step
         )
-        super().__init__(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
+        super().__init__(params, Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
 
 
 class SM3(Named):
@@ -149,4 +149,4 @@ class SM3(Named):
         **common: Unpack[Common],
     ) -> None:
         rule = sm3.SM3(momentum=momentum)
-        super().__init__(params, lambda _: Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)
+        super().__init__(params, Pieces(rule), {"lr": lr, "weight_decay": weight_decay}, common)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -49,12 +50,12 @@ class LowRank(Named):
         common: Common,
         authors: Authors | None = None,
     ) -> None:
-        mark = next(iter(projected))
-
-        def pieces(options: Options) -> Pieces:
-            return Pieces(rule) if options[mark] is None else Pieces(rule, *project(options))
-
+        pieces = functools.partial(_pieces, rule, project, next(iter(projected)))
         super().__init__(params, pieces, options, common, projected=projected, authors=authors)
+
+
+def _pieces(rule: Rule, project: Callable[[Options], Projected], mark: str, options: Options) -> Pieces:
+    return Pieces(rule) if options[mark] is None else Pieces(rule, *project(options))
 
 
 def adam_options(lr: float, betas: Betas, eps: float, weight_decay: float) -> dict[str, Any]:

@@ -59,6 +59,12 @@ def require_count(name: str, value: object) -> None:
         raise ScrimpError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
+def require_rank(value: object) -> None:
+    """Raise a ScrimpError unless `value` is a whole number of at least 1, or a share: a float up to 1."""
+    if not (isinstance(value, float) and 0 <= value <= 1):
+        require_count("rank", value)
+
+
 def require_fraction(name: str, value: object) -> None:
     """Raise a ScrimpError unless `value` is a number from 0 to 1."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
@@ -118,6 +124,11 @@ class Subspace:
         """Return nothing."""
         return ()
 
+    @property
+    def is_drawn(self) -> bool:
+        """Return False."""
+        return False
+
     def check_count(self, count: int) -> None:
         """Do nothing: any number of matrices will do."""
 
@@ -130,8 +141,12 @@ class MatrixBasis(Subspace):
     """What projectors answer whose basis is a matrix, (..., d, r)."""
 
     __slots__ = ()
-    rank: int
+    rank: float
     side: Side
+
+    def rank_of(self, d: int) -> int:
+        """Return the rank for a side of `d`: the rank itself where it is an `int`, else that share of `d`."""
+        return self.rank if isinstance(self.rank, int) else max(1, round(self.rank * d))
 
     def transposes(self, shape: tuple[int, ...]) -> bool:
         """Tell whether a parameter is treated as its transpose."""
@@ -139,7 +154,7 @@ class MatrixBasis(Subspace):
 
     def down_shape(self, target: Target, step: int) -> tuple[int, ...]:
         """Return (..., k, r)."""
-        return (*target.shape[:-1], self.rank)
+        return (*target.shape[:-1], self.rank_of(target.shape[-1]))
 
     @property
     def mixes(self) -> bool:

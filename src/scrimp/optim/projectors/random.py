@@ -31,6 +31,7 @@ from scrimp.optim.projectors.orientation import (
     is_transposed_view,
     require,
     require_count,
+    require_rank,
 )
 
 
@@ -41,7 +42,7 @@ class Random(MatrixBasis):
     Memory: none. With `hold` d * r numbers, outside the optimizer's state.
 
     Attributes:
-        rank: Columns.
+        rank: Columns; a float is a share of the shortened side.
         every: Steps between draws.
         side: See `orientation`.
         seed: Of all draws; when `released`, of parameter 0, and one more for every further one.
@@ -54,7 +55,7 @@ class Random(MatrixBasis):
         APOLLO, Zhu et al., MLSys 2025, arXiv 2412.05270.
     """
 
-    rank: int
+    rank: float
     every: int = 200
     side: Side = "std"
     seed: int = 0
@@ -67,7 +68,7 @@ class Random(MatrixBasis):
 
     def __post_init__(self) -> None:
         """Check the words and the numbers."""
-        require_count("rank", self.rank)
+        require_rank(self.rank)
         require_count("every", self.every)
         require("side", self.side, SIDES)
         require("on_refresh", self.on_refresh, ("keep", "reset"))
@@ -81,7 +82,13 @@ class Random(MatrixBasis):
         """See `check_rank`; what is released takes any matrix."""
         if self.released:
             return None
-        return check_rank(target, self.rank, stored=0, kept=math.prod(self.down_shape(target, 0)))
+        rank = self.rank_of(target.shape[-1])
+        return check_rank(target, rank, stored=0, kept=math.prod(self.down_shape(target, 0)))
+
+    @property
+    def is_drawn(self) -> bool:
+        """Entries of their own are; a decomposition, torch's generator and what is held are not."""
+        return isinstance(self.rank, int) and not (self.released or self.orthonormal or self.hold)
 
     @property
     def counters(self) -> tuple[str, ...]:
@@ -100,6 +107,12 @@ class Random(MatrixBasis):
         entries["seed"] = seed
         return {}, None
 
+    def down(self, g: Tensor, basis: Any) -> Tensor:
+        """Return G B; compiled with what follows, a sum for rank 1, so that G is read once."""
+        if self.rank == 1 and torch.compiler.is_compiling():
+            return torch.sum(g * basis.mT, -1, keepdim=True)
+        return MatrixBasis.down(self, g, basis)
+
     def load(self, slots: Mapping[str, Tensor], entries: Entries, target: Target, like: Tensor) -> Any:
         """Draw the basis, or return the one held."""
         if not self.hold:
@@ -111,13 +124,15 @@ class Random(MatrixBasis):
         return held[1]
 
     def _draw(self, entries: Entries, target: Target, like: Tensor) -> Tensor:
-        shape = (*target.shape[:-2], target.shape[-1], self.rank)
+        d = target.shape[-1]
+        rank = self.rank_of(d)
+        shape = (*target.shape[:-2], d, rank)
         if self.released:
             left = bool(entries["transposed"])
             drawn = _generator_draw(shape, entries["seed"], left=left, device=like.device)
         else:
             drawn = normal(entries["seed"], math.prod(shape), device=like.device).view(shape)
-        basis: Tensor = torch.linalg.qr(drawn)[0] if self.orthonormal else drawn / math.sqrt(self.rank)
+        basis: Tensor = torch.linalg.qr(drawn)[0] if self.orthonormal else drawn / math.sqrt(rank)
         return basis.to(like.dtype)
 
 

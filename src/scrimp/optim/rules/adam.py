@@ -18,6 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from scrimp.optim.annealing import annealed
 from scrimp.optim.pieces import Options, Scalars, Slot, Step, Target
 
 
@@ -27,12 +28,14 @@ class Adam:
 
     Attributes:
         convention: "torch" or "hf", as above.
+        anneal_steps: Updates of the run, resets or not, over which beta1 falls to its half; None keeps it.
 
     References:
         Decoupled Weight Decay Regularization, Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
     """
 
     convention: Literal["torch", "hf"] = "torch"
+    anneal_steps: int | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -55,6 +58,8 @@ class Adam:
     def scalars(self, options: Options, age: int) -> dict[str, float]:
         """Return the decay rates, eps and the step size."""
         beta1, beta2 = options["betas"]
+        if self.anneal_steps is not None:
+            beta1 = annealed(beta1, options["step"], self.anneal_steps)
         first, second = 1 - beta1**age, math.sqrt(1 - beta2**age)
         size = options["lr"] * (1.0 if self.convention == "torch" else second / first)
         return {

@@ -11,8 +11,10 @@ import functools
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,12 +27,17 @@ DECADES = 7
 _SOURCE = Path(__file__).with_name("dynamic8.cpp")
 _ONE = 0x3F800000  # 1.0
 _BINADES = 24  # from 1 down to below the smallest threshold
+# Exact arithmetic, but for flags and traps that nobody reads: they forbid vectors of roots and of choices.
+_EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # The vectors that torch found. What else the machine has would make files that others of its kind cannot run;
 # tuning alone decides whether table look-ups become gathers, and with it half of the time.
 _VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mtune=native"),
     "AVX2": ("-mavx2", "-mtune=native"),
 }
+
+# Without OpenMP, torch's parallel loops run on one thread. On macOS compilers do not bring it.
+_THREADS = ("-fopenmp",) if sys.platform == "linux" else ("-fopenmp-simd",)
 
 
 @functools.cache
@@ -52,6 +59,11 @@ def _loaded() -> bool:
             torch.ops.scrimp_dynamic8.set_tables(_bins(signed), values, signed)
     torch.library.register_fake("scrimp_dynamic8::encode", _encode_shapes)
     torch.library.register_fake("scrimp_dynamic8::decode", _decode_shapes)
+    torch.library.register_fake(
+        "scrimp_dynamic8::is_finite", lambda grad: grad.new_empty((), dtype=torch.bool)
+    )
+    for rule in ("adam", "lion"):  # they write in place alone
+        torch.library.register_fake(f"scrimp_dynamic8::{rule}", lambda *given: None)
     return True
 
 
@@ -65,7 +77,7 @@ def _library() -> Path:
     from torch.utils import cpp_extension
 
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", *_VECTORS.get(capability, ())]
+    flags = ["-O3", "-std=c++20", "-shared", "-fPIC", *_EXACT, *_THREADS, *_VECTORS.get(capability, ())]
     for folder in cpp_extension.include_paths():
         flags += ["-isystem", folder]
     for folder in cpp_extension.library_paths():
@@ -110,6 +122,45 @@ def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """Return the float32 values of `codes` with `scale`, (rows, 1)."""
     values: Tensor = torch.ops.scrimp_dynamic8.decode(codes, scale, signed)
     return values
+
+
+def is_finite(grad: Tensor) -> Tensor:
+    """Return whether all of a float32 gradient on the CPU is finite, a 0-d bool."""
+    found: Tensor = torch.ops.scrimp_dynamic8.is_finite(grad)
+    return found
+
+
+def adam(
+    weight: Tensor,
+    grad: Tensor,
+    entries: Mapping[str, Tensor],
+    numbers: Mapping[str, float],
+    ok: Tensor,
+    *,
+    hf: bool,
+) -> None:
+    """Update weights and both moments in place by one step of `scrimp.optim.rules.adam`.
+
+    Args:
+        weight: float32, contiguous, on the CPU.
+        grad: Alike.
+        entries: The moments' codes and scales of blocks of 256, by the names of the rule's slots.
+        numbers: The step's; `size` and `decay` multiply the direction and W.
+        ok: A 0-d bool on the CPU; where it is false, nothing is done.
+        hf: Whether the convention is the Hugging Face one.
+    """
+    held = [entries[f"{name}.{part}"] for name in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")]
+    names = ("beta1", "beta2", "inv_c1", "inv_root_c2", "eps", "size", "decay")
+    torch.ops.scrimp_dynamic8.adam(weight, grad, *held, ok, hf, *[numbers[name] for name in names])
+
+
+def lion(
+    weight: Tensor, grad: Tensor, entries: Mapping[str, Tensor], numbers: Mapping[str, float], ok: Tensor
+) -> None:
+    """Update weights and the momentum in place by one step of `scrimp.optim.rules.lion`; else as `adam`."""
+    held = [entries[f"exp_avg.{part}"] for part in ("codes", "scale")]
+    names = ("beta1", "beta2", "size", "decay")
+    torch.ops.scrimp_dynamic8.lion(weight, grad, *held, ok, *[numbers[name] for name in names])
 
 
 def _bins(signed: bool) -> Tensor:
