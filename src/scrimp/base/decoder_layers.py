@@ -27,7 +27,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.Module, ...]:
     fitting = [found for found in marked or lists if count in (None, len(found))]
     if not fitting and len(marked) == 1:
         fitting = marked
-    return tuple(max(fitting, key=_size)) if fitting else ()
+    fitting.sort(key=_size)
+    return tuple(fitting[-1]) if fitting else ()
 
 
 def all_layers(model: nn.Module) -> tuple[nn.Module, ...]:
