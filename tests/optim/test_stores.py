@@ -6,6 +6,7 @@ import math
 import subprocess
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
+from scrimp.optim.kernels import cpu
 from scrimp.optim.pieces import Slot, Store
-from scrimp.optim.stores import dynamic8_kernel, dynamic_map
+from scrimp.optim.stores import dynamic_map
 from scrimp.optim.stores.bf16 import BF16Nearest, BF16Stochastic
 from scrimp.optim.stores.blockwise import Blockwise, unit
 from scrimp.optim.stores.dynamic8 import Dynamic8
@@ -249,17 +251,17 @@ def test_a_4_bit_basis_loses_its_orthonormality_by_a_few_percent(generator: Any)
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_kernel_has_the_bits_of_the_reference(signed: bool, generator: Any) -> None:
-    assert dynamic8_kernel.prepare()
+    assert cpu.prepare()
     spread = torch.exp(4 * torch.randn(400, 256, generator=generator))
     rows = torch.randn(400, 256, generator=generator) * spread
     rows = torch.cat([rows, torch.zeros(1, 256), rows[:1] * 1e-44, torch.linspace(-1, 1, 256)[None]])
     rows = rows if signed else rows.abs()
     x, scale = unit(rows)
     codes = dynamic_map.encode(x, decades=7, signed=signed)
-    found, found_scale = dynamic8_kernel.encode(rows, signed)
+    found, found_scale = cpu.encode(rows, signed)
     assert torch.equal(found, codes) and torch.equal(found_scale, scale)
     values = dynamic_map.decode(codes, decades=7, signed=signed) * scale
-    assert torch.equal(dynamic8_kernel.decode(found, found_scale, signed), values)
+    assert torch.equal(cpu.decode(found, found_scale, signed), values)
 
 
 def test_without_a_compiler_the_reference_serves_and_the_user_is_told(
@@ -269,11 +271,11 @@ def test_without_a_compiler_the_reference_serves_and_the_user_is_told(
     Dynamic8().prepare(value.device)
     fast = round_trip(Dynamic8(min_size=0), value)
 
-    def missing() -> None:
+    def missing(source: Path) -> None:
         raise subprocess.CalledProcessError(1, "c++", stderr="fatal error: no compiler")
 
-    monkeypatch.setattr(dynamic8_kernel, "_library", missing)
-    dynamic8_kernel._loaded.cache_clear()
+    monkeypatch.setattr(cpu, "library", missing)
+    cpu._loaded.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no compiler"):
             Dynamic8().prepare(value.device)
@@ -282,7 +284,7 @@ def test_without_a_compiler_the_reference_serves_and_the_user_is_told(
             warnings.simplefilter("error")
             Dynamic8().prepare(value.device)
     finally:
-        dynamic8_kernel._loaded.cache_clear()
+        cpu._loaded.cache_clear()
 
 
 @QUANTISED

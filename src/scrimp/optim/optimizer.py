@@ -276,7 +276,9 @@ class Optimizer(torch.optim.Optimizer):
         return -grad if self._maximize else grad
 
     def _is_adamw(self, p: nn.Parameter) -> bool:
-        return self._plans[p].is_adamw and p.is_contiguous() and not self._maximize
+        found = self._plans[p]
+        is_ours = self._updater.is_fused(p, found)
+        return found.is_adamw and p.is_contiguous() and not self._maximize and not is_ours
 
     def _update_adamw(self, params: list[nn.Parameter], grads: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]

@@ -13,8 +13,8 @@ from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import QuantizedParameter
 from scrimp.base.seeds import derive
 from scrimp.optim.arithmetic import Kind, Layout, compute_dtype, decode, key
-from scrimp.optim.fused_8bit import is_8bit
 from scrimp.optim.fused_adamw import is_adamw
+from scrimp.optim.fused_cpu import is_fused
 from scrimp.optim.pieces import Composition, Entries, Options, Slot, Store, Target
 from scrimp.optim.stores.full import Full
 
@@ -34,7 +34,7 @@ class Plan:
         is_quantized: Whether it holds codes. What is asked of a parameter at every step is asked once: to
             find it out takes longer than to update a small one.
         is_adamw: Whether torch's kernel computes what the pieces say, wherever its numbers lie in order.
-        is_8bit: Whether our 8-bit kernel does, likewise.
+        is_fused: Whether our kernel for CPUs does, likewise.
         kinds: What its code depends on, without and with weight decay.
         runs: The functions that update it.
     """
@@ -46,7 +46,7 @@ class Plan:
     why: str = ""
     is_quantized: bool = False
     is_adamw: bool = False
-    is_8bit: bool = False
+    is_fused: bool = False
     kinds: dict[bool, Kind] = field(default_factory=dict)
     runs: dict[tuple[bool, bool], Callable[..., Any]] = field(default_factory=dict)
 
@@ -196,7 +196,7 @@ def plan(p: Tensor, target: Target, options: Options, compose: Compose, *, mark:
             exact=exact,
             is_quantized=isinstance(p, QuantizedParameter),
             is_adamw=is_adamw(composition, p),
-            is_8bit=is_8bit(composition, p),
+            is_fused=is_fused(composition, p),
             **more,
         )
 

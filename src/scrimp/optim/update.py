@@ -32,7 +32,7 @@ from scrimp.optim.arithmetic import (
     part,
     write_codes,
 )
-from scrimp.optim.fused_8bit import fused_8bit, is_ready
+from scrimp.optim.fused_cpu import fused_cpu, is_ready
 from scrimp.optim.pieces import Entries, Options, Slot, Store
 from scrimp.optim.plan import Plan
 from scrimp.optim.stores.full import Full
@@ -81,6 +81,11 @@ class Updater:
             self._update_whole(p, grad, plan, state, options)
         else:
             self._update_projected(p, grad, plan, state, options, small)
+
+    def is_fused(self, p: nn.Parameter, plan: Plan) -> bool:
+        """Tell whether the CPU's kernel updates a parameter: one of full precision only where we compile."""
+        is_wanted = self.compiles or not isinstance(plan.composition.store, Full)
+        return is_wanted and plan.is_fused and is_ready(p)
 
     def project(self, grad: Tensor, plan: Plan, state: Entries) -> Tensor:
         """Return a gradient's part in the present subspace of a projected parameter."""
@@ -140,10 +145,11 @@ class Updater:
         self, p: nn.Parameter, grad: Tensor, plan: Plan, state: Entries, options: Options
     ) -> None:
         """Update a parameter in its own shape, flat and block by block where that is possible."""
-        numbers, entries = plan.numbers(state, options, state["step"]), _tensors(state)
-        if plan.is_8bit and is_ready(p):
-            fused_8bit(p, grad, plan.composition.rule, entries, numbers)
+        numbers = plan.numbers(state, options, state["step"])
+        if self.is_fused(p, plan):
+            fused_cpu(p, grad, plan.composition, state, numbers)
             return
+        entries = _tensors(state)
         values, noise = self._values(numbers, p.device), plan.noise(self.seed, state["step"])
         kind = plan.kind_of(numbers, options)
         if plan.is_quantized:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scrimp.optim.stores import dynamic8_kernel, dynamic_map
+from scrimp.optim.kernels import cpu
+from scrimp.optim.stores import dynamic_map
 from scrimp.optim.stores.blockwise import Blockwise, unit
 
 
@@ -31,17 +32,17 @@ class Dynamic8(Blockwise):
     def prepare(self, device: torch.device) -> None:
         """Build the kernel for a CPU, once a machine."""
         if device.type == "cpu":
-            dynamic8_kernel.prepare()
+            cpu.prepare()
 
     def quantize(self, rows: Tensor, signed: bool) -> tuple[Tensor, ...]:
         """Return codes and the largest magnitude of each block."""
-        if rows.device.type == "cpu" and dynamic8_kernel.available():
-            return dynamic8_kernel.encode(rows, signed)
+        if rows.device.type == "cpu" and cpu.available():
+            return cpu.encode(rows, signed)
         x, scale = unit(rows)
-        return dynamic_map.encode(x, decades=dynamic8_kernel.DECADES, signed=signed), scale
+        return dynamic_map.encode(x, decades=cpu.DECADES, signed=signed), scale
 
     def dequantize(self, codes: Tensor, numbers: tuple[Tensor, ...], signed: bool) -> Tensor:
         """Return map[code] * scale."""
-        if codes.device.type == "cpu" and dynamic8_kernel.available():
-            return dynamic8_kernel.decode(codes, numbers[0], signed)
-        return dynamic_map.decode(codes, decades=dynamic8_kernel.DECADES, signed=signed) * numbers[0]
+        if codes.device.type == "cpu" and cpu.available():
+            return cpu.decode(codes, numbers[0], signed)
+        return dynamic_map.decode(codes, decades=cpu.DECADES, signed=signed) * numbers[0]

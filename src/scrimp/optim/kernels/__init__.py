@@ -1,0 +1,1 @@
+"""Steps and stores in C++, built on first use, behind the pieces that say what they compute."""

@@ -1,0 +1,252 @@
+// Optimizer steps on a CPU: weights and moments are renewed in one pass over the memory.
+//
+// A rule (Adam, Lion, Sgd) says what becomes of one element. A moment (Full, Coded) says how its values are
+// kept: as they are, or as codes that are decoded, used and coded again while a block lies in the nearest
+// cache. `walk` puts a rule and its moments together, block by block; it asks for the next block ahead, as
+// the machine itself does not look beyond a page (a tenth of the time).
+//
+// The float operations are those of rules/adam.py, rules/lion.py and rules/sgd.py, one by one (the compiler
+// must not contract them). Of the loop over a block the compiler has to be told (`omp simd`) that its
+// iterations stand alone. Its roots and quotients take no port from its look-ups, so that the two overlap.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "dynamic8.h"
+
+namespace scrimp {
+
+using Numbers = at::ArrayRef<double>;  // of a step: rewarm, lr, weight decay, size, and the rule's own
+using Tensors = at::TensorList;
+
+int64_t blocks_of(int64_t total) { return (total + kBlock - 1) / kBlock; }
+
+// Asks for the block after the one that begins at `x`.
+void fetch_next(const float* x) {
+  for (int64_t i = kBlock; i < 2 * kBlock; i += 16) __builtin_prefetch(x + i, 1);
+}
+
+// ---- how a moment is kept ----------------------------------------------------------------------------
+
+// As it is. Elements whose gradient is not finite keep their values.
+struct Full {
+  float* values;
+
+  explicit Full(const at::Tensor& held) : values(held.mutable_data_ptr<float>()) {}
+
+  struct Block {
+    float* x;
+    float old(int64_t i) const { return x[i]; }
+    void renew(int64_t i, float value, bool is_fine) { x[i] = is_fine ? value : x[i]; }
+    void close(int64_t) {}
+  };
+  Block open(int64_t block) const {
+    fetch_next(values + block * kBlock);
+    return {values + block * kBlock};
+  }
+};
+
+// As dynamic 8-bit codes, and a scale for each block.
+template <bool is_signed>
+struct Coded {
+  uint8_t* codes;
+  float* scales;
+
+  Coded(const at::Tensor& of_codes, const at::Tensor& of_scales)
+      : codes(of_codes.mutable_data_ptr<uint8_t>()), scales(of_scales.mutable_data_ptr<float>()) {}
+
+  struct Block {
+    alignas(64) float x[kBlock];
+    const float* values;
+    uint8_t* codes;
+    float* scale;
+    float old_scale;
+    float old(int64_t i) const { return values[codes[i]] * old_scale; }
+    void renew(int64_t i, float value, bool) { x[i] = value; }
+    void close(int64_t count) {
+      *scale = absmax(x, count);
+      encode_row<is_signed>(x, count, *scale, codes);
+    }
+  };
+  Block open(int64_t block) const {
+    Block opened;  // its values are written before they are read
+    opened.values = tables[is_signed].values.data();
+    opened.codes = codes + block * kBlock;
+    opened.scale = scales + block;
+    opened.old_scale = scales[block];
+    return opened;
+  }
+};
+
+// ---- rules -------------------------------------------------------------------------------------------
+
+// Products and differences of a step's numbers are taken in double and rounded once, as torch does.
+float rounded(double x) { return static_cast<float>(x); }
+
+template <bool is_hf>
+struct Adam {
+  float size, decay, beta1, rest1, beta2, rest2, eps, inv_c1, inv_root_c2;
+
+  explicit Adam(Numbers n)
+      : size(rounded(n[0] * n[3])), decay(rounded(n[1] * n[2])), beta1(rounded(n[4])),
+        rest1(rounded(1 - n[4])), beta2(rounded(n[5])), rest2(rounded(1 - n[5])), eps(rounded(n[6])),
+        inv_c1(rounded(n[7])), inv_root_c2(rounded(n[8])) {}
+
+  void step(float g, float& w, float& m, float& v) const {
+    m = beta1 * m + rest1 * g;
+    v = beta2 * v + rest2 * (g * g);
+    if (is_hf) {
+      w = w - size * (m / (std::sqrt(v) + eps));
+      w = w - decay * w;
+    } else {
+      w = w - decay * w;
+      w = w - size * ((m * inv_c1) / (std::sqrt(v) * inv_root_c2 + eps));
+    }
+  }
+};
+
+struct Lion {
+  float size, decay, beta1, rest1, beta2, rest2;
+
+  explicit Lion(Numbers n)
+      : size(rounded(n[0] * n[3])), decay(rounded(n[1] * n[2])), beta1(rounded(n[4])),
+        rest1(rounded(1 - n[4])), beta2(rounded(n[5])), rest2(rounded(1 - n[5])) {}
+
+  void step(float g, float& w, float& m) const {
+    const float blend = beta1 * m + rest1 * g;
+    m = beta2 * m + rest2 * g;
+    w = w - decay * w - size * static_cast<float>((blend > 0) - (blend < 0));
+  }
+};
+
+template <bool is_nesterov>
+struct Sgd {
+  float size, decay, momentum, intake;
+
+  explicit Sgd(Numbers n)
+      : size(rounded(n[0] * n[3])), decay(rounded(n[1] * n[2])), momentum(rounded(n[4])),
+        intake(rounded(n[5])) {}
+
+  void step(float g, float& w, float& m) const {
+    m = momentum * m + intake * g;
+    w = w - decay * w - size * (is_nesterov ? g + momentum * m : m);
+  }
+};
+
+// ---- the pass over the memory ------------------------------------------------------------------------
+
+template <class Rule, class... Blocks>
+void step_block(const Rule rule, float* __restrict w, const float* __restrict g, int64_t count,
+                Blocks... moments) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_fine = std::abs(g[i]) <= kLargest;
+    float moved = w[i];
+    [&](auto... values) {
+      rule.step(g[i], moved, values...);
+      (moments.renew(i, values, is_fine), ...);
+    }(moments.old(i)...);
+    w[i] = is_fine ? moved : w[i];
+  }
+  (moments.close(count), ...);
+}
+
+template <class Rule, class... Moments>
+void walk(const Rule rule, const at::Tensor& weight, const at::Tensor& grad, const Moments... moments) {
+  auto* w = weight.mutable_data_ptr<float>();
+  const auto* g = grad.const_data_ptr<float>();
+  const int64_t total = weight.numel();
+  at::parallel_for(0, blocks_of(total), kBlocksAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlock;
+      fetch_next(w + first);
+      fetch_next(g + first);
+      step_block(rule, w + first, g + first, std::min(kBlock, total - first), moments.open(block)...);
+    }
+  });
+}
+
+// Whether all of a gradient is finite, as fast as it can be read.
+bool is_finite(const at::Tensor& grad) {
+  const auto* values = grad.const_data_ptr<float>();
+  std::atomic<bool> found = true;
+  at::parallel_for(0, grad.numel(), kBlocksAtOnce * kBlock, [&](int64_t begin, int64_t end) {
+    if (!(absmax(values + begin, end - begin) <= kLargest)) found = false;  // NaN, too
+  });
+  return found;
+}
+
+void check(const at::Tensor& weight, Tensors moments, bool is_coded) {
+  const int64_t total = weight.numel();
+  TORCH_CHECK(weight.is_contiguous(), "the weights do not lie in order");
+  for (size_t i = 0; i < moments.size(); ++i) {
+    const bool is_scale = is_coded && i % 2 == 1;
+    TORCH_CHECK(moments[i].is_contiguous() && moments[i].numel() == (is_scale ? blocks_of(total) : total),
+                "moment ", i, " does not belong to ", total, " weights in blocks of ", kBlock);
+  }
+}
+
+// Updates by a rule whose moments are all kept as they are, or all as codes.
+template <class Rule, class... CodedMoments>
+void update(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, bool whole, Numbers numbers) {
+  const bool is_coded = moments.size() == 2 * sizeof...(CodedMoments);
+  check(weight, moments, is_coded);
+  const auto g = grad.to(at::kFloat).contiguous();
+  TORCH_CHECK(g.numel() == weight.numel(), "the gradient is not that of the weights");
+  if (whole && !is_finite(g)) return;
+  const Rule rule(numbers);
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    if (is_coded)
+      walk(rule, weight, g, CodedMoments(moments[2 * i], moments[2 * i + 1])...);
+    else
+      walk(rule, weight, g, Full(moments[i])...);
+  }(std::index_sequence_for<CodedMoments...>{});
+}
+
+void adam(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, bool whole, Numbers numbers,
+          bool is_hf) {
+  const auto run = is_hf ? update<Adam<true>, Coded<true>, Coded<false>>
+                         : update<Adam<false>, Coded<true>, Coded<false>>;
+  run(weight, grad, moments, whole, numbers);
+}
+
+void lion(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, bool whole, Numbers numbers) {
+  update<Lion, Coded<true>>(weight, grad, moments, whole, numbers);
+}
+
+void sgd(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, bool whole, Numbers numbers,
+         bool is_nesterov) {
+  const auto run = is_nesterov ? update<Sgd<true>, Coded<true>> : update<Sgd<false>, Coded<true>>;
+  run(weight, grad, moments, whole, numbers);
+}
+
+}  // namespace scrimp
+
+TORCH_LIBRARY(scrimp_cpu, m) {
+  m.def("encode(Tensor rows, bool signed) -> (Tensor, Tensor)");
+  m.def("decode(Tensor codes, Tensor scale, bool signed) -> Tensor");
+  m.def(
+      "adam(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool hf) "
+      "-> ()");
+  m.def("lion(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers) -> ()");
+  m.def(
+      "sgd(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool nesterov) "
+      "-> ()");
+  m.def("set_tables(Tensor bins, Tensor values, bool signed) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(scrimp_cpu, CPU, m) {
+  m.impl("encode", scrimp::encode);
+  m.impl("decode", scrimp::decode);
+  m.impl("adam", scrimp::adam);
+  m.impl("lion", scrimp::lion);
+  m.impl("sgd", scrimp::sgd);
+  m.impl("set_tables", scrimp::set_tables);
+}

@@ -1,0 +1,153 @@
+"""The CPU kernels of `cpu.cpp`: whole steps in one pass, and the dynamic 8-bit code.
+
+Built on first use, in seconds, and kept; who cannot build them lacks speed alone. Codes and scales are the
+reference's to the bit, so that a run may go on where they cannot be built.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from scrimp.optim.kernels.build import library
+from scrimp.optim.stores import dynamic_map
+
+DECADES = 7
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_ONE = 0x3F800000  # 1.0
+_BINADES = 24  # from 1 down to below the smallest threshold
+_RULES = ("adam", "lion", "sgd")
+
+
+@functools.cache
+def _loaded() -> bool:
+    try:
+        torch.ops.load_library(library(_SOURCE))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in output.splitlines() if "error" in line] or [output]
+        warnings.warn(
+            f"optimizer steps are slower here, as their C++ could not be built ({lines[0]}). "
+            "Install a C++ compiler (g++ or clang) to have it.",
+            stacklevel=2,
+        )
+        return False
+    with _disable_current_modes():  # the first to ask may be a simulation on fake tensors
+        for signed in (False, True):
+            values = dynamic_map.decode(torch.arange(256, dtype=torch.uint8), decades=DECADES, signed=signed)
+            torch.ops.scrimp_cpu.set_tables(_bins(signed), values, signed)
+    torch.library.register_fake("scrimp_cpu::encode", _encode_shapes)
+    torch.library.register_fake("scrimp_cpu::decode", _decode_shapes)
+    for rule in _RULES:  # they write in place alone
+        torch.library.register_fake(f"scrimp_cpu::{rule}", lambda *given: None)
+    return True
+
+
+_IS_THERE = False
+
+
+def prepare() -> bool:
+    """Build and load the kernels where that has not been done, and tell whether they are there."""
+    global _IS_THERE  # noqa: PLW0603 - compiled code reads it, and cannot build
+    _IS_THERE = _loaded()
+    return _IS_THERE
+
+
+def available() -> bool:
+    """Tell whether `prepare` found or built the kernels."""
+    return _IS_THERE
+
+
+def encode(rows: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return codes shaped like float32 `rows` on the CPU, and their largest magnitudes, (rows, 1)."""
+    codes, scale = torch.ops.scrimp_cpu.encode(rows, signed)
+    return codes, scale
+
+
+def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """Return the float32 values of `codes` with `scale`, (rows, 1)."""
+    values: Tensor = torch.ops.scrimp_cpu.decode(codes, scale, signed)
+    return values
+
+
+def adam(
+    weight: Tensor, grad: Tensor, moments: list[Tensor], numbers: Sequence[float], *, whole: bool, hf: bool
+) -> None:
+    """Update weights and both moments in place by one step of `scrimp.optim.rules.adam`.
+
+    Args:
+        weight: float32, contiguous, on the CPU.
+        grad: Shaped alike, on the CPU.
+        moments: Both in float32; or the codes and scales of the first, in blocks of 256, and of the second.
+        numbers: rewarm, lr, weight_decay, size, beta1, beta2, eps, inv_c1 and inv_root_c2.
+        whole: Whether a gradient that is not finite changes nothing; else only its elements that are not
+            leave theirs as they are.
+        hf: Whether the convention is the Hugging Face one.
+    """
+    torch.ops.scrimp_cpu.adam.default(weight, grad, moments, whole, numbers, hf)
+
+
+def lion(
+    weight: Tensor, grad: Tensor, moments: list[Tensor], numbers: Sequence[float], *, whole: bool
+) -> None:
+    """Update by `scrimp.optim.rules.lion`; else as `adam`.
+
+    Its numbers are rewarm, lr, weight_decay, size, beta1 and beta2.
+    """
+    torch.ops.scrimp_cpu.lion.default(weight, grad, moments, whole, numbers)
+
+
+def sgd(
+    weight: Tensor,
+    grad: Tensor,
+    moments: list[Tensor],
+    numbers: Sequence[float],
+    *,
+    whole: bool,
+    nesterov: bool,
+) -> None:
+    """Update by `scrimp.optim.rules.sgd`; else as `adam`.
+
+    Its numbers are rewarm, lr, weight_decay, size, momentum and intake.
+    """
+    torch.ops.scrimp_cpu.sgd.default(weight, grad, moments, whole, numbers, nesterov)
+
+
+def _bins(signed: bool) -> Tensor:
+    """Return an entry for each bin, as `dynamic8.h` describes them, int32."""
+    edges = _thresholds(signed)
+    top = _ONE >> 16
+    bins = torch.arange(top - 128 * _BINADES, top + 1)
+    below = torch.searchsorted(edges, bins << 16, right=True)
+    inside = torch.searchsorted(edges, (bins << 16) + 0xFFFF, right=True) > below
+    edge = edges[below.clamp_max(edges.numel() - 1)]
+    upper = torch.where(inside, (edge & 0xFFFF) - 1, 0xFFFF)
+    return (upper << 16 | below).to(torch.int32)
+
+
+def _thresholds(signed: bool) -> Tensor:
+    """Return the bits of the least float of each positive rank, by bisection of the reference."""
+    zero = 2**DECADES - 1 if signed else 0
+    codes = torch.arange(zero + 1, 256)
+    low, high = torch.zeros_like(codes), torch.full_like(codes, _ONE)
+    for _ in range(31):
+        middle = (low + high) // 2
+        x = middle.to(torch.int32).view(torch.float32)
+        reached = dynamic_map.encode(x, decades=DECADES, signed=signed) >= codes
+        low, high = torch.where(reached, low, middle + 1), torch.where(reached, middle, high)
+    return high
+
+
+def _encode_shapes(rows: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape, dtype=torch.uint8), rows.new_empty((rows.shape[0], 1))
+
+
+def _decode_shapes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    return scale.new_empty(codes.shape)
