@@ -16,13 +16,13 @@ from scrimp import models
 from scrimp.base.errors import ScrimpError
 from scrimp.build import Prepared, inspect, prepare
 from scrimp.data import byte_tokenizer
-from scrimp.defaults import DEFAULT_BATCH, FINE_TUNING_LR, OPTIONAL, SCRATCH_LR
+from scrimp.defaults import DEFAULT_BATCH, FINE_TUNING_LR, OPTIONAL, SCRATCH_LR, with_options
 from scrimp.memory import predict
 from scrimp.memory.predictor import needed
 from scrimp.methods import options_of, piece
 from scrimp.recipe import Recipe, flat, parse, replace
 from scrimp.resolve import Resolved, choose_device, resolve
-from scrimp.shapes import SHAPES
+from scrimp.shapes import SHAPES, Dimensions
 
 CPU = torch.device("cpu")
 PLAIN = {"activations__name": "everything", "activations__loss": "logits", "precision": "fp32"}
@@ -267,3 +267,16 @@ def test_auto_takes_the_cpu_where_there_is_nothing_better(monkeypatch: pytest.Mo
     for name in ("cuda", "mps"):
         with pytest.raises(ScrimpError, match=f"device '{name}': torch sees none here"):
             choose_device(parse({"device": name}))
+
+
+@pytest.mark.parametrize(
+    ("tune", "depth", "layers"),
+    [("owlore", 32, 5), ("owlore", 4, 2), ("owlore", 1, 1), ("lisa", 4, 2), ("lisa", 2, 1), ("ist", 4, 0.25)],
+)
+def test_by_default_no_more_than_half_of_the_layers_train_at_a_time(
+    tune: str, depth: int, layers: float
+) -> None:
+    recipe = replace(Recipe(), {"tune.name": tune})
+    assert with_options(recipe, Dimensions(None, 64, depth)).tune.layers == layers
+    stated = replace(recipe, {"tune.layers": 3})
+    assert with_options(stated, Dimensions(None, 64, depth)).tune.layers == 3

@@ -72,18 +72,19 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, model
         "threads": recipe.threads or platform.usable_cores(),
         "compile": bool(recipe.compile),
     }
-    return with_options(replace(recipe, filled), model.width)
+    return with_options(replace(recipe, filled), model)
 
 
 OPTIONAL: tuple[Choice, ...] = ("weights", "tune", "optimizer")  # whose pieces take options
 
 
-def with_options(recipe: Recipe, width: int) -> Recipe:
+def with_options(recipe: Recipe, model: Dimensions) -> Recipe:
     """Fill in the options of the chosen pieces with each piece's defaults.
 
     Args:
         recipe: Its pieces are chosen.
-        width: The model's, a quarter of which is the papers' usual rank.
+        model: Its dimensions: a quarter of its width is the papers' usual rank, and half of its layers is
+            as many as train at a time.
     """
     filled: dict[str, Any] = {}
     for choice in OPTIONAL:
@@ -92,20 +93,24 @@ def with_options(recipe: Recipe, width: int) -> Recipe:
         for name in options_of(choice):
             if name in taken and getattr(section, name) is None:
                 default = taken[name]
-                filled[f"{choice}.{name}"] = (
-                    max(1, width // 4) if (name, default) == ("rank", None) else default
-                )
+                if (name, default) == ("rank", None):
+                    default = max(1, model.width // 4)
+                elif name == "layers":
+                    default = min(default, max(1, model.depth // 2))
+                filled[f"{choice}.{name}"] = default
     return replace(recipe, filled)
 
 
-def choose(recipe: Recipe, chosen: Mapping[str, Any], stated: Mapping[str, Any], width: int) -> Recipe | None:
+def choose(
+    recipe: Recipe, chosen: Mapping[str, Any], stated: Mapping[str, Any], model: Dimensions
+) -> Recipe | None:
     """Return a settled recipe with other pieces and their defaults.
 
     Args:
         recipe: The settled recipe.
         chosen: The pieces' names and other fields, by dotted name.
         stated: What the user stated; options among it are kept.
-        width: The model's.
+        model: Its dimensions.
 
     Returns:
         The recipe; None where a chosen piece does not take an option that was stated.
@@ -117,4 +122,4 @@ def choose(recipe: Recipe, chosen: Mapping[str, Any], stated: Mapping[str, Any],
         taken = piece(choice, getattr(bare, choice).name).options
         if any(name.startswith(f"{choice}.") and name.partition(".")[2] not in taken for name in kept):
             return None
-    return with_options(replace(bare, kept), width)
+    return with_options(replace(bare, kept), model)

@@ -313,7 +313,10 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def dimensions(config: PreTrainedConfig) -> Dimensions:
     """Return what defaults depend on of a model."""
-    return Dimensions(context_length(config), int(config.get_text_config().hidden_size))
+    text = config.get_text_config()
+    return Dimensions(
+        context_length(config), int(text.hidden_size), getattr(text, "num_hidden_layers", None) or 1
+    )
 
 
 def non_embedding(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> int:

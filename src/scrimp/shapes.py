@@ -25,10 +25,12 @@ class Dimensions(NamedTuple):
     Attributes:
         context: The longest sequence it has positions for; None is no limit.
         width: Of its residual stream.
+        depth: Its decoder layers; 1 where its configuration does not say.
     """
 
     context: int | None
     width: int
+    depth: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

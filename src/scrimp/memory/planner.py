@@ -209,12 +209,12 @@ class Planner:
         precisions = [self.settled.precision]
         if "precision" not in stated or self.asked.precision == "auto":
             precisions = list(dict.fromkeys([self.settled.precision, "bf16"]))
-        seen, width = set(), self.predictor.profiles.dimensions().width
+        seen, model = set(), self.predictor.profiles.dimensions()
         name, fixed = _chosen(stated)
         free = [choice for choice in FREE if FIELDS[choice] not in fixed]
         for precision, *names in itertools.product(precisions, *(_open(c, stated) for c in free)):
             chosen = {FIELDS[c]: value for c, value in zip(free, names, strict=True)}
-            recipe = choose(self.settled, {**fixed, **chosen, "precision": precision}, stated, width)
+            recipe = choose(self.settled, {**fixed, **chosen, "precision": precision}, stated, model)
             if recipe is not None and recipe not in seen:
                 seen.add(recipe)
                 yield name, recipe

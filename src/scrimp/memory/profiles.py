@@ -129,9 +129,9 @@ class Profiles:
     def dimensions(self) -> Dimensions:
         """Return the model's dimensions."""
         if self.source.kind == "shape":
-            return Dimensions(CONTEXT, SHAPES[self.source.name].hidden)
-        found = self._get("dimensions", lambda tracer: tracer.dimensions())
-        return Dimensions(found["context"], found["width"])
+            shape = SHAPES[self.source.name]
+            return Dimensions(CONTEXT, shape.hidden, shape.layers)
+        return Dimensions(**self._get("dimensions", lambda tracer: tracer.dimensions()))
 
     def save(self) -> None:
         """Write what was traced into the cache; a cache that cannot be written is no loss."""

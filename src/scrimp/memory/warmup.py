@@ -55,7 +55,7 @@ def tiny_step(precision: str, device: str) -> Callable[[], None]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = models.create(config, seed=0, dtype=dtype)
     made = assemble(model, recipe, place=lambda model, device: model.to(device))
-    optimizer = make_optimizer(with_options(recipe, width=64), made.model)
+    optimizer = make_optimizer(with_options(recipe, models.dimensions(config)), made.model)
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.int64, device=device)
     batch = MicroBatch(ids, ids, None, ids.numel())
 

@@ -114,7 +114,9 @@ class Tune(Section):
 
     name: str = Field(default="full", description="what trains")
     layers: float | None = Field(
-        default=None, gt=0, description="layers that train at a time; below 1 a share of all"
+        default=None,
+        gt=0,
+        description="layers that train at a time; below 1 a share of all; by default half of them at most",
     )
     every: Annotated[int | None, Auto] = Field(
         default=None, ge=1, description="steps between changes of what trains"

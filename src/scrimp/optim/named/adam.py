@@ -17,7 +17,7 @@ from scrimp.optim.rules.adam_mini import AdamMini as AdamMiniRule
 
 
 class AdamW(Named):
-    """AdamW: Adam with decoupled weight decay, by torch's fused kernel where moments are fp32 as the weights.
+    """AdamW: Adam with decoupled weight decay, in one pass where moments are fp32 as the weights.
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         w = (1 - lr wd) w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
