@@ -1,11 +1,13 @@
-"""AdamW, Lion and SGD with momentum in one pass on a CPU, where a composition is exactly that.
+"""AdamW, Lion and SGD with momentum in one pass on a CPU, and Adam in a subspace in one call.
 
 What the kernel of `kernels.cpu` touches it touches once. Compiled arithmetic of full precision does as well
 on a large parameter, but every call takes it a tenth of a millisecond; and it cannot keep codes in the
 nearest cache between decoding and coding, so that 8-bit moments would cross the memory as float32, twice.
+In a subspace (GaLore, Fira, APOLLO) the kernel does all but the products: R = G B comes before it, and what
+is left to be projected back goes to `Projector.subtract`. For rank 1, R is found while G's norms are.
 
 Moments are those of every other path to the bit; weights are too, but where torch's square root is rounded
-otherwise (in its last place, about one in two hundred).
+otherwise (in its last place, about one in two hundred). Norms are summed in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from torch import Tensor, float32, nn
 
 from scrimp.base.protocols import QuantizedParameter
 from scrimp.optim.kernels import cpu
-from scrimp.optim.pieces import Composition, Entries
+from scrimp.optim.lifts.back import ProjectBack
+from scrimp.optim.lifts.residual import ScaledResidual
+from scrimp.optim.lifts.scaling import ScaleGradient
+from scrimp.optim.pieces import Composition, Entries, Lift, Rule, Target
+from scrimp.optim.projectors.dct import Cosine
+from scrimp.optim.projectors.random import Random
+from scrimp.optim.projectors.svd import SingularVectors
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.rules.lion import Lion
 from scrimp.optim.rules.sgd import SGD
@@ -37,15 +45,26 @@ _MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), Lion: ("exp_avg",), SGD: ("momentum
 def is_fused(composition: Composition, p: Tensor) -> bool:
     """Tell whether the kernel, where there is one, computes what a composition says for a parameter."""
     rule, store = composition.rule, composition.store
+    known = type(rule) in _NUMBERS if composition.projector is None else _is_projected(composition, p)
     return (
-        composition.projector is None
+        known
         and composition.conditioner is None
-        and type(rule) in _NUMBERS
         and not (isinstance(rule, SGD) and rule.momentum == 0)
         and (store == Full() or (type(store) is Dynamic8 and store == Dynamic8(min_size=store.min_size)))
         and p.dtype == float32
         and p.device.type == "cpu"
         and not isinstance(p, QuantizedParameter)
+    )
+
+
+def _is_projected(composition: Composition, p: Tensor) -> bool:
+    lift = composition.lift
+    return (
+        p.ndim == 2
+        and type(composition.rule) is Adam
+        and type(composition.projector) in (Cosine, Random, SingularVectors)
+        and type(lift) in (ProjectBack, ScaledResidual, ScaleGradient)
+        and not (isinstance(lift, ScaledResidual) and not lift.orthonormal)
     )
 
 
@@ -69,15 +88,85 @@ def fused_cpu(
         numbers: The step's, as of `Plan.numbers`.
     """
     rule, whole = composition.rule, not isinstance(composition.store, Full)
-    names, values = _MOMENTS[type(rule)], _NUMBERS[type(rule)](numbers)
-    if names[0] in state:
-        moments = [state[name] for name in names]
-    else:
-        moments = [state[f"{name}.{part}"] for name in names for part in ("codes", "scale")]
-    weight = p.detach()
+    weight, moments, values = p.detach(), _moments(rule, state), _NUMBERS[type(rule)](numbers)
     if isinstance(rule, Adam):
         cpu.adam(weight, grad, moments, values, whole=whole, hf=rule.convention == "hf")
     elif isinstance(rule, SGD):
         cpu.sgd(weight, grad, moments, values, whole=whole, nesterov=rule.nesterov)
     else:
         cpu.lion(weight, grad, moments, values, whole=whole)
+
+
+def fused_projected(
+    p: nn.Parameter,
+    grad: Tensor,
+    composition: Composition,
+    state: Entries,
+    numbers: Mapping[str, float],
+    basis: Tensor,
+    small: Tensor | None,
+    *,
+    transposed: bool,
+) -> None:
+    """Update a projected parameter, its moments and its limiter; a gradient not finite changes nothing.
+
+    Args:
+        p: The parameter (m, n), for which `is_fused` and `is_ready` hold.
+        grad: Its gradient; where `small` is given, anything of its shape.
+        composition: How it is treated.
+        state: Its state, the count of steps left alone.
+        numbers: The step's, as of `Plan.numbers`.
+        basis: Of the present subspace, (d, r).
+        small: The gradient in the subspace, (k, r), where that is all there is.
+        transposed: Whether the oriented parameter (k, d) is the transposed one.
+    """
+    rule, lift, projector = composition.rule, composition.lift, composition.projector
+    assert isinstance(rule, Adam) and lift is not None and projector is not None
+    along = small is None and lift.needs_gradient and basis.shape[1] == 1
+    r = projector.down(grad.mT if transposed else grad, basis) if small is None and not along else small
+    weight = p.detach()
+    left = cpu.adam_projected(
+        weight,
+        grad if lift.needs_gradient else None,
+        r,
+        basis if along else None,
+        _moments(rule, state),
+        state.get("limited_norm"),
+        _NUMBERS[Adam](numbers),
+        _lift_numbers(lift, numbers["size"] * numbers["rewarm"]),
+        hf=rule.convention == "hf",
+        per_matrix=isinstance(lift, ScaleGradient) and lift.per == "tensor",
+        pulls=not isinstance(lift, ScaleGradient),
+        transposed=transposed,
+    )
+    if not isinstance(lift, ScaleGradient):
+        projector.subtract(weight.mT if transposed else weight, left, basis)
+
+
+def drawn(composition: Composition, state: Entries, target: Target) -> Tensor | None:
+    """Return the basis of a matrix, drawn by the kernel; None where it is not one that it draws."""
+    projector = composition.projector
+    if not (isinstance(projector, Random) and projector.is_drawn):
+        return None
+    d = target.shape[-1]
+    return cpu.draw(state["seed"], d, projector.rank_of(d))
+
+
+def _moments(rule: Rule, state: Entries) -> list[Tensor]:
+    """Return what the kernel takes for moments: tensors, or codes and scales in turn."""
+    names = _MOMENTS[type(rule)]
+    if names[0] in state:
+        return [state[name] for name in names]
+    return [state[f"{name}.{part}"] for name in names for part in ("codes", "scale")]
+
+
+def _lift_numbers(lift: Lift, size: float) -> tuple[float, ...]:
+    """Return before, inside, gamma, factor and back, as `lifts.h` calls them, for a step's size."""
+    if isinstance(lift, ScaleGradient):
+        before, after = (lift.scale, 1.0) if lift.front else (1.0, lift.scale)
+        return before, 0.0, lift.gamma or 1.0, size * after, 0.0
+    if isinstance(lift, ScaledResidual):
+        taken, weight = (lift.scale, 1.0) if lift.variant == "released" else (1.0, lift.scale)
+        return 1.0, 2 * taken - taken**2, lift.gamma or 1.0, size * weight, size * lift.scale
+    assert isinstance(lift, ProjectBack)
+    return 1.0, 0.0, 1.0, 0.0, size * lift.scale

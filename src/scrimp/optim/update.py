@@ -32,7 +32,7 @@ from scrimp.optim.arithmetic import (
     part,
     write_codes,
 )
-from scrimp.optim.fused_cpu import fused_cpu, is_ready
+from scrimp.optim.fused_cpu import drawn, fused_cpu, fused_projected, is_ready
 from scrimp.optim.pieces import Entries, Options, Slot, Store
 from scrimp.optim.plan import Plan
 from scrimp.optim.stores.full import Full
@@ -79,6 +79,8 @@ class Updater:
         self._reset_when_due(plan, state)
         if plan.composition.projector is None:
             self._update_whole(p, grad, plan, state, options)
+        elif self.is_fused(p, plan):
+            self._update_fused(p, grad, plan, state, options, small)
         else:
             self._update_projected(p, grad, plan, state, options, small)
 
@@ -212,6 +214,25 @@ class Updater:
             projector.subtract(w, left.to(w.dtype), plan.basis(state, g) if r is None else basis)
         if p.ndim > 3 and not p.is_contiguous():
             p.copy_(whole)
+
+    def _update_fused(
+        self,
+        p: nn.Parameter,
+        grad: Tensor,
+        plan: Plan,
+        state: Entries,
+        options: Options,
+        small: Tensor | None,
+    ) -> None:
+        """Update a projected parameter by the CPU's kernel."""
+        g = plan.oriented(grad)
+        if small is None:
+            self.refresh_when_due(g, plan, state)
+        basis = drawn(plan.composition, state, plan.target)
+        if basis is None:
+            basis = plan.basis(state, g)
+        numbers, transposed = plan.numbers(state, options, state["step"]), plan.transposed
+        fused_projected(p, grad, plan.composition, state, numbers, basis, small, transposed=transposed)
 
     def _update_codes(
         self,

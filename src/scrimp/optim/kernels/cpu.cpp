@@ -1,4 +1,5 @@
-// Optimizer steps on a CPU: weights and moments are renewed in one pass over the memory.
+// Optimizer steps on a CPU: weights and moments are renewed in one pass over the memory. In a subspace
+// (`adam_projected`) the same pass makes of R and its moments the direction, and lifts.h does the rest.
 //
 // A rule (Adam, Lion, Sgd) says what becomes of one element. A moment (Full, Coded) says how its values are
 // kept: as they are, or as codes that are decoded, used and coded again while a block lies in the nearest
@@ -11,27 +12,27 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "dynamic8.h"
+#include "lifts.h"
+#include "normal.h"
 
 namespace scrimp {
 
-using Numbers = at::ArrayRef<double>;  // of a step: rewarm, lr, weight decay, size, and the rule's own
+// A rule's numbers are those of a step: rewarm, lr, weight decay, size, and its own.
 using Tensors = at::TensorList;
 
 int64_t blocks_of(int64_t total) { return (total + kBlock - 1) / kBlock; }
-
-// Asks for the block after the one that begins at `x`.
-void fetch_next(const float* x) {
-  for (int64_t i = kBlock; i < 2 * kBlock; i += 16) __builtin_prefetch(x + i, 1);
-}
 
 // ---- how a moment is kept ----------------------------------------------------------------------------
 
@@ -87,9 +88,6 @@ struct Coded {
 
 // ---- rules -------------------------------------------------------------------------------------------
 
-// Products and differences of a step's numbers are taken in double and rounded once, as torch does.
-float rounded(double x) { return static_cast<float>(x); }
-
 template <bool is_hf>
 struct Adam {
   float size, decay, beta1, rest1, beta2, rest2, eps, inv_c1, inv_root_c2;
@@ -99,17 +97,25 @@ struct Adam {
         rest1(rounded(1 - n[4])), beta2(rounded(n[5])), rest2(rounded(1 - n[5])), eps(rounded(n[6])),
         inv_c1(rounded(n[7])), inv_root_c2(rounded(n[8])) {}
 
-  void step(float g, float& w, float& m, float& v) const {
+  float direction(float g, float& m, float& v) const {
     m = beta1 * m + rest1 * g;
     v = beta2 * v + rest2 * (g * g);
-    if (is_hf) {
-      w = w - size * (m / (std::sqrt(v) + eps));
-      w = w - decay * w;
-    } else {
-      w = w - decay * w;
-      w = w - size * ((m * inv_c1) / (std::sqrt(v) * inv_root_c2 + eps));
-    }
+    return is_hf ? m / (std::sqrt(v) + eps) : (m * inv_c1) / (std::sqrt(v) * inv_root_c2 + eps);
   }
+  void step(float g, float& w, float& m, float& v) const {
+    const float moved = size * direction(g, m, v);
+    if (!is_hf) w = w - decay * w;
+    w = w - moved;
+    if (is_hf) w = w - decay * w;
+  }
+};
+
+// Adam's direction, in the place of weights.
+template <bool is_hf>
+struct Direction : Adam<is_hf> {
+  using Adam<is_hf>::Adam;
+
+  void step(float g, float& w, float& m, float& v) const { w = this->direction(g, m, v); }
 };
 
 struct Lion {
@@ -227,6 +233,59 @@ void sgd(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, bool
   run(weight, grad, moments, whole, numbers);
 }
 
+// ---- in a subspace -----------------------------------------------------------------------------------
+
+// Updates all but what is to be projected back and subtracted, and returns that. `of_g` and `of_r` are the
+// squared norms of channels, the first for the limiter alone, whose last norm is `last`.
+template <bool is_hf>
+at::Tensor step_projected(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& r,
+                          const Floats& of_g, const Floats& of_r, Tensors moments, float* last, Numbers numbers,
+                          const Lift& lift, bool transposed) {
+  const auto direction = at::empty_like(r);
+  update<Direction<is_hf>, Coded<true>, Coded<false>>(direction, r, moments, false, numbers);
+  const float decay = Adam<is_hf>(numbers).decay;
+  Floats phi;
+  if (g.defined()) {
+    phi = ratios(lift, squares_of(direction, false), of_r);
+    if (last) limit_growth(lift, phi, of_g, of_r, *last);
+  }
+  if (lift.pulls) pull_back(lift, direction, r, phi, is_hf ? decay : 0.0f);
+  if (g.defined()) {
+    for (float& each : phi) each *= lift.factor;
+    move<is_hf>(weight, g, transposed, phi, decay);
+  } else if (decay != 0) {
+    weight.sub_(weight, decay);
+  }
+  return direction;
+}
+
+at::Tensor adam_projected(const at::Tensor& weight, const std::optional<at::Tensor>& grad,
+                          const std::optional<at::Tensor>& sketch, const std::optional<at::Tensor>& column,
+                          Tensors moments, const std::optional<at::Tensor>& limiter, Numbers numbers,
+                          Numbers lift, bool is_hf, bool per_matrix, bool pulls, bool transposed) {
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2, "the weights do not lie in order");
+  const auto g = grad ? grad->to(at::kFloat).contiguous() : at::Tensor();
+  TORCH_CHECK(!grad || g.sizes() == weight.sizes(), "the gradient is not that of the weights");
+  const Layout layout(weight, transposed);
+  const auto r = column ? at::empty({layout.channels(), 1}, weight.options()) : sketch->contiguous();
+  TORCH_CHECK(r.dim() == 2 && r.size(0) == layout.channels(), "R has not the channels of the weights");
+  Floats of_g, of_r;
+  if (column) {
+    TORCH_CHECK(grad && column->numel() == layout.length(), "the column is not that of a basis");
+    of_g = squares_of(g, transposed, column->contiguous().const_data_ptr<float>(),
+                      r.mutable_data_ptr<float>());
+  } else if (limiter) {
+    of_g = squares_of(g, transposed);
+  }
+  if (grad) of_r = squares_of(r, false);
+  // Squares beyond float32 count as not finite: they would stay in the second moment for ever.
+  const bool is_fine = grad ? absmax(of_r.data(), layout.channels()) <= kLargest : is_finite(r);
+  if (!is_fine) return at::zeros_like(r);
+  auto* last = limiter ? limiter->mutable_data_ptr<float>() : nullptr;
+  const auto run = is_hf ? step_projected<true> : step_projected<false>;
+  return run(weight, g, r, of_g, of_r, moments, last, numbers, Lift(lift, per_matrix, pulls), transposed);
+}
+
 }  // namespace scrimp
 
 TORCH_LIBRARY(scrimp_cpu, m) {
@@ -239,6 +298,12 @@ TORCH_LIBRARY(scrimp_cpu, m) {
   m.def(
       "sgd(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool nesterov) "
       "-> ()");
+  m.def(
+      "adam_projected(Tensor(a!) weight, Tensor? grad, Tensor? sketch, Tensor? column, Tensor(b!)[] moments, "
+      "Tensor(c!)? limiter, float[] numbers, float[] lift, bool hf, bool per_matrix, bool pulls, "
+      "bool transposed) -> Tensor");
+  m.def("draw(Tensor(a!) basis, int seed) -> ()");
+  m.def("set_normals(Tensor radii, Tensor points) -> ()");
   m.def("set_tables(Tensor bins, Tensor values, bool signed) -> ()");
 }
 
@@ -248,5 +313,8 @@ TORCH_LIBRARY_IMPL(scrimp_cpu, CPU, m) {
   m.impl("adam", scrimp::adam);
   m.impl("lion", scrimp::lion);
   m.impl("sgd", scrimp::sgd);
+  m.impl("adam_projected", scrimp::adam_projected);
+  m.impl("draw", scrimp::draw);
+  m.impl("set_normals", scrimp::set_normals);
   m.impl("set_tables", scrimp::set_tables);
 }

@@ -7,6 +7,7 @@ reference's to the bit, so that a run may go on where they cannot be built.
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ DECADES = 7
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _ONE = 0x3F800000  # 1.0
 _BINADES = 24  # from 1 down to below the smallest threshold
-_RULES = ("adam", "lion", "sgd")
+_IN_PLACE = ("adam", "lion", "sgd", "draw")
 
 
 @functools.cache
@@ -43,10 +44,12 @@ def _loaded() -> bool:
         for signed in (False, True):
             values = dynamic_map.decode(torch.arange(256, dtype=torch.uint8), decades=DECADES, signed=signed)
             torch.ops.scrimp_cpu.set_tables(_bins(signed), values, signed)
+        torch.ops.scrimp_cpu.set_normals(*_normals())
     torch.library.register_fake("scrimp_cpu::encode", _encode_shapes)
     torch.library.register_fake("scrimp_cpu::decode", _decode_shapes)
-    for rule in _RULES:  # they write in place alone
-        torch.library.register_fake(f"scrimp_cpu::{rule}", lambda *given: None)
+    torch.library.register_fake("scrimp_cpu::adam_projected", _projected_shape)
+    for name in _IN_PLACE:
+        torch.library.register_fake(f"scrimp_cpu::{name}", lambda *given: None)
     return True
 
 
@@ -120,6 +123,63 @@ def sgd(
     torch.ops.scrimp_cpu.sgd.default(weight, grad, moments, whole, numbers, nesterov)
 
 
+def adam_projected(
+    weight: Tensor,
+    grad: Tensor | None,
+    r: Tensor | None,
+    column: Tensor | None,
+    moments: list[Tensor],
+    limiter: Tensor | None,
+    numbers: Sequence[float],
+    lift: Sequence[float],
+    *,
+    hf: bool,
+    per_matrix: bool,
+    pulls: bool,
+    transposed: bool,
+) -> Tensor:
+    """Update moments and limiter, and weights as far as elements do, by one step of Adam in a subspace.
+
+    A gradient that is not finite changes nothing.
+
+    Args:
+        weight: float32, (m, n), contiguous, on the CPU; oriented it is (k, d), see `transposed`.
+        grad: Shaped alike, in any strides; None where the lift does not read it.
+        r: G in the subspace, (k, r); None finds it along `column`.
+        column: (d, 1): a basis of rank 1.
+        moments: As in `adam`, of R's shape.
+        limiter: The norm that the limiter keeps, one number; None does not limit.
+        numbers: As in `adam`.
+        lift: before, inside, gamma, factor and back of `lifts.h`; the step's size is in the last two.
+        hf: As in `adam`.
+        per_matrix: Whether phi is one number of the matrix.
+        pulls: Whether anything is projected back.
+        transposed: Whether the oriented matrix is the transposed one.
+
+    Returns:
+        What is to be projected back and subtracted from W, (k, r); without meaning unless the lift pulls.
+    """
+    left: Tensor = torch.ops.scrimp_cpu.adam_projected.default(
+        weight, grad, r, column, moments, limiter, numbers, lift, hf, per_matrix, pulls, transposed
+    )
+    return left
+
+
+def draw(seed: int, rows: int, rank: int) -> Tensor:
+    """Return `counter_random.normal(seed, rows * rank) / sqrt(rank)` to the bit, float32, (rows, rank)."""
+    basis = torch.empty(rows, rank)
+    torch.ops.scrimp_cpu.draw.default(basis, seed)
+    return basis
+
+
+def _normals() -> tuple[Tensor, Tensor]:
+    """Return all radii of `scrimp.base.counter_random.normal`, and cosine and sine of all angles."""
+    halves = torch.arange(1 << 16).float()
+    radii = halves.add(0.5).mul_(2.0**-16).log_().mul_(-2).sqrt_()
+    angles = halves * (2 * math.pi * 2.0**-16)
+    return radii, torch.stack([angles.cos(), angles.sin()], -1)
+
+
 def _bins(signed: bool) -> Tensor:
     """Return an entry for each bin, as `dynamic8.h` describes them, int32."""
     edges = _thresholds(signed)
@@ -151,3 +211,10 @@ def _encode_shapes(rows: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def _decode_shapes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     return scale.new_empty(codes.shape)
+
+
+def _projected_shape(
+    weight: Tensor, grad: Tensor | None, r: Tensor | None, column: Tensor | None, *others: object
+) -> Tensor:
+    transposed = bool(others[-1])
+    return weight.new_empty((weight.shape[int(transposed)], 1)) if r is None else torch.empty_like(r)

@@ -1,0 +1,209 @@
+// What becomes of a matrix W when the step in the subspace is known (lifts/back.py, residual.py, scaling.py):
+//
+//     phi_i = before ||N_i|| / (||R_i|| + 1e-8)                  or one of the whole matrix
+//     s_i   = sqrt(||G_i||^2 - inside ||R_i||^2)                 what is limited in growth: phi <- phi / q
+//     W    -= factor phi G                                       elementwise, here
+//     left  = back (N - phi R)                                   in the subspace, to be projected back
+//
+// A channel is a row of the oriented W (k, d), hence a row of R and N (k, r); in memory W may be transposed,
+// so that its channels are columns. Both layouts are read in the order of the memory, once for the norms and
+// once for the update: no norm of the whole is known before.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "dynamic8.h"
+
+namespace scrimp {
+
+using Numbers = at::ArrayRef<double>;
+using Floats = std::vector<float>;
+
+constexpr float kShort = 1e-8f;  // lifts/norms.py
+
+// Products and differences of a step's numbers are taken in double and rounded once, as torch does.
+inline float rounded(double x) { return static_cast<float>(x); }
+
+// Asks for the block after the one that begins at `x`.
+inline void fetch_next(const float* x) {
+  for (int64_t i = kBlock; i < 2 * kBlock; i += 16) __builtin_prefetch(x + i, 1);
+}
+
+// A matrix in memory, and which of its sides are channels.
+struct Layout {
+  int64_t rows, columns;
+  bool transposed;
+
+  Layout(const at::Tensor& matrix, bool is_transposed)
+      : rows(matrix.size(0)), columns(matrix.size(1)), transposed(is_transposed) {}
+  int64_t channels() const { return transposed ? columns : rows; }
+  int64_t length() const { return transposed ? rows : columns; }
+};
+
+// How many rows, or columns, of a length are worth a second thread.
+inline int64_t at_once(int64_t length) { return kBlocksAtOnce * kBlock / (length + 1) + 1; }
+
+// ---- sums over channels ------------------------------------------------------------------------------
+
+// Finds the squares of the channels from `begin` to `end`, and their products with a column. Sums are sums of
+// sums: blocks need not wait for each other, and one sum of thousands of floats would lose two digits.
+template <bool has_column>
+void sum_rows(const Layout& layout, const float* x, const float* column, int64_t begin, int64_t end,
+              float* squares, float* dots) {
+  for (int64_t i = begin; i < end; ++i) {
+    const float* __restrict row = x + i * layout.columns;
+    float square = 0, dot = 0;
+    for (int64_t first = 0; first < layout.columns; first += kBlock) {
+      float square_here = 0, dot_here = 0;
+      fetch_next(row + first);
+#pragma omp simd reduction(+ : square_here, dot_here)
+      for (int64_t j = first; j < std::min(first + kBlock, layout.columns); ++j) {
+        square_here += row[j] * row[j];
+        if (has_column) dot_here += row[j] * column[j];
+      }
+      square += square_here;
+      dot += dot_here;
+    }
+    squares[i] = square;
+    if (has_column) dots[i] = dot;
+  }
+}
+
+template <bool has_column>
+void sum_columns(const Layout& layout, const float* x, const float* column, int64_t begin, int64_t end,
+                 float* squares, float* dots) {
+  constexpr int64_t kRows = 64;
+  const int64_t count = end - begin;
+  std::fill_n(squares + begin, count, 0.0f);
+  if (has_column) std::fill_n(dots + begin, count, 0.0f);
+  Floats square(count), dot(has_column ? count : 0);
+  float *__restrict square_of = square.data(), *__restrict dot_of = dot.data();
+  for (int64_t first = 0; first < layout.rows; first += kRows) {
+    std::fill(square.begin(), square.end(), 0.0f);
+    std::fill(dot.begin(), dot.end(), 0.0f);
+    for (int64_t i = first; i < std::min(first + kRows, layout.rows); ++i) {
+      const float* __restrict row = x + i * layout.columns + begin;
+      const float weight = has_column ? column[i] : 0.0f;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        square_of[j] += row[j] * row[j];
+        if (has_column) dot_of[j] += row[j] * weight;
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) squares[begin + j] += square_of[j];
+    for (int64_t j = 0; has_column && j < count; ++j) dots[begin + j] += dot_of[j];
+  }
+}
+
+// Returns the sum of squares of each channel; with a column also R = G column, in the same pass.
+inline Floats squares_of(const at::Tensor& matrix, bool transposed, const float* column = nullptr,
+                         float* r = nullptr) {
+  const Layout layout(matrix, transposed);
+  const auto* x = matrix.const_data_ptr<float>();
+  Floats squares(layout.channels());
+  const auto by_rows = column ? sum_rows<true> : sum_rows<false>;
+  const auto by_columns = column ? sum_columns<true> : sum_columns<false>;
+  const auto run = transposed ? by_columns : by_rows;
+  at::parallel_for(0, layout.channels(), at_once(layout.length()), [&](int64_t begin, int64_t end) {
+    run(layout, x, column, begin, end, squares.data(), r);
+  });
+  return squares;
+}
+
+// ---- the lift ----------------------------------------------------------------------------------------
+
+struct Lift {
+  bool per_matrix, pulls;  // whether phi is one number, and whether anything is projected back
+  float before, inside, gamma, factor, back;
+
+  Lift(Numbers n, bool is_per_matrix, bool is_pulling)
+      : per_matrix(is_per_matrix), pulls(is_pulling), before(rounded(n[0])), inside(rounded(n[1])),
+        gamma(rounded(n[2])), factor(rounded(n[3])), back(rounded(n[4])) {}
+};
+
+inline float ratio(double of_direction, double of_r) {
+  return static_cast<float>(std::sqrt(of_direction)) / (static_cast<float>(std::sqrt(of_r)) + kShort);
+}
+
+// Returns phi of every channel, before the limiter.
+inline Floats ratios(const Lift& lift, const Floats& direction, const Floats& r) {
+  Floats phi(r.size());
+  if (lift.per_matrix) {
+    double of_direction = 0, of_r = 0;
+    for (size_t i = 0; i < r.size(); ++i) of_direction += direction[i], of_r += r[i];
+    std::fill(phi.begin(), phi.end(), lift.before * ratio(of_direction, of_r));
+  } else {
+    for (size_t i = 0; i < r.size(); ++i) phi[i] = lift.before * ratio(direction[i], r[i]);
+  }
+  return phi;
+}
+
+// Divides phi by the limiter's q, and renews the norm that the limiter keeps.
+inline void limit_growth(const Lift& lift, Floats& phi, const Floats& g, const Floats& r, float& last) {
+  double square = 0;
+  for (size_t i = 0; i < phi.size(); ++i)
+    square += static_cast<double>(phi[i]) * phi[i] * std::max(g[i] - lift.inside * r[i], 0.0f);
+  const auto norm = static_cast<float>(std::sqrt(square));
+  const float growth = norm / (last + kShort);
+  const float q = last > 0 ? std::max(growth, lift.gamma) / lift.gamma : 1.0f;
+  for (float& each : phi) each /= q;
+  last = norm / q;
+}
+
+// Makes of the direction N what is to be projected back and subtracted.
+inline void pull_back(const Lift& lift, const at::Tensor& direction, const at::Tensor& r, const Floats& phi,
+                      float decay) {
+  const int64_t width = r.size(1);
+  auto* of_step = direction.mutable_data_ptr<float>();
+  const auto* of_r = r.const_data_ptr<float>();
+  at::parallel_for(0, r.size(0), at_once(width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float share = phi.empty() ? 0.0f : phi[i];
+      float* __restrict step = of_step + i * width;
+      const float* __restrict sketch = of_r + i * width;
+      for (int64_t j = 0; j < width; ++j) {
+        const float left = lift.back * (step[j] - share * sketch[j]);
+        step[j] = left - decay * left;
+      }
+    }
+  });
+}
+
+// W's own part of the update: W -= factor G, and W -= decay W before or after it.
+template <bool decays_last>
+void move(const at::Tensor& weight, const at::Tensor& grad, bool transposed, const Floats& factor,
+          float decay) {
+  const Layout layout(weight, transposed);
+  auto* of_weight = weight.mutable_data_ptr<float>();
+  const auto* of_grad = grad.const_data_ptr<float>();
+  at::parallel_for(0, layout.rows, at_once(layout.columns), [&](int64_t begin, int64_t end) {
+    const auto moved = [decay](float w, float g, float f) {
+      if (!decays_last) w = w - decay * w;
+      w = w - f * g;
+      return decays_last ? w - decay * w : w;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      float* __restrict w = of_weight + i * layout.columns;
+      const float* __restrict g = of_grad + i * layout.columns;
+      const float* __restrict f = factor.data();
+      for (int64_t first = 0; first < layout.columns; first += kBlock) {
+        const int64_t last = std::min(first + kBlock, layout.columns);
+        fetch_next(w + first);
+        fetch_next(g + first);
+        if (transposed)
+          for (int64_t j = first; j < last; ++j) w[j] = moved(w[j], g[j], f[j]);
+        else
+          for (int64_t j = first; j < last; ++j) w[j] = moved(w[j], g[j], f[i]);
+      }
+    }
+  });
+}
+
+}  // namespace scrimp
