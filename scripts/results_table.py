@@ -40,6 +40,11 @@ TITLES = {
     "optimizer_refresh": "Choosing a subspace anew, against an exact SVD",
     "optimizer_state": "Optimizer state of every method on the shapes of llama-7b",
     "seven_billion": "Seven billion parameters trained in nine gigabytes of main memory",
+    "adapter_step": "Steps of LoRA and DoRA, against peft's",
+    "sparse_delta": "A sparse change of the weights, against scattering it",
+    "together": "Four adapters at once, against one after the other",
+    "qlora": "A base in four bits",
+    "tuning_task": "Every way to fine-tune, on a task with a score",
 }
 ON_GPU = {"gpu": "On a GPU"}  # shown where there is a result, which most machines cannot make
 LEAST_TOKENISING_RATIO = 1.3
@@ -60,7 +65,8 @@ def section(name: str, path: Path) -> str:
         return f"{heading}\nNo result yet: `benchmarks/{name}.py` makes one."
     document = json.loads(path.read_text(encoding="utf-8"))
     rows = [_target(target) for target in document.get("targets", [])] + OTHER_ROWS.get(name, _none)(document)
-    return f"{heading}\n{table(rows)}\n\n{_measured_on(document)}"
+    more = f"{MORE[name](document)}\n\n" if name in MORE else ""
+    return f"{heading}\n{table(rows)}\n\n{more}{_measured_on(document)}"
 
 
 def table(rows: list[Row]) -> str:
@@ -241,6 +247,40 @@ def _seven_billion(document: Document) -> list[Row]:
     ]
 
 
+def _tuning_task(document: Document) -> str:
+    """Return the task in a sentence, the picture, and a table of all sides by their score."""
+    results = document["results"]
+    task = results["task"]
+    sentence = (
+        f"{task['questions']} questions, which of {len(task['keywords'])} keywords comes next in a piece of "
+        f"source (chance: {task['chance']:.0%}), after {results['tokens']:,} tokens in sequences of "
+        f"{results['seq']}. `cut` is the first 8 layers of SmolLM2-135M, healed. A learning rate with a star "
+        "lies at the edge of its search."
+    )
+    picture = "![Score, peak memory and tokens/s of every method](assets/tuning-task.svg)"
+    heads = ("method", "model", "right", "loss", "trained", "tokens/s", "peak, MB", "learning rate")
+    ranked = sorted(results["rows"], key=lambda row: (row["model"], -(row["score"] or 0)))
+    lines = [heads, ("---", "---", *("---:",) * 6), *map(_side_cells, ranked)]
+    return f"{sentence}\n\n{picture}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _side_cells(row: Document) -> tuple[str, ...]:
+    tried = [trial["lr"] for trial in row["trials"] or []]
+    edge = "*" if tried and row["lr"] in (min(tried), max(tried)) else ""
+    speed = row["tokens_per_s"]
+    return (
+        row["name"],
+        row["model"],
+        f"{row['score']:.1%}" if row["score"] is not None else row["why"] or "",
+        f"{row['loss']:.3f}" if row["loss"] is not None else "",
+        f"{row['trained']:,}" if row["trained"] else "",
+        number(speed["median"]) + ("?" if row["busy"] else "") if speed else "",
+        f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else "",
+        f"{row['lr']:g}{edge}" if row["lr"] else "",
+    )
+
+
+MORE: dict[str, Callable[[Document], str]] = {"tuning_task": _tuning_task}
 OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "loop": _loop,
     "openmp_wait": _openmp_wait,

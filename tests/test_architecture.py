@@ -24,9 +24,9 @@ FILES = sorted((SOURCE / "scrimp").rglob("*.py"))
 
 CHOICES = frozenset({"weights", "tuning", "gradient", "optim", "activations", "placement"})
 RECIPE = frozenset({"methods", "reported", "shapes", "laws", "schedules", "recipe", "recipe_file"})
-MODEL = frozenset({"models", "defaults"})
+MODEL = frozenset({"models", "adapted", "own_adapter", "defaults"})
 BASE = frozenset({"base"})
-PIECES = BASE | RECIPE | CHOICES | MODEL | {"data"}
+PIECES = BASE | RECIPE | CHOICES | MODEL | {"data", "checks"}
 
 # What each part may import, besides itself. The six choices and the data see only base, and so never
 # each other; `build` is the one place that sees them all.
@@ -40,17 +40,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "recipe": BASE | {"methods"},
     "recipe_file": BASE | RECIPE,
     **dict.fromkeys(CHOICES | {"data"}, BASE),
-    "models": BASE | RECIPE,
+    "own_adapter": BASE | RECIPE | {"tuning"},
+    "adapted": BASE | RECIPE | {"tuning", "weights", "own_adapter"},
+    "models": BASE | RECIPE | {"adapted"},
     "defaults": BASE | RECIPE | {"models"},
+    "checks": BASE | RECIPE | {"assembly", "activations"},
     "assembly": PIECES,
     "build": PIECES | {"assembly"},
     "memory": PIECES | {"assembly", "build"},
+    "merged": PIECES,
     "resolve": PIECES | {"assembly", "build", "memory"},
     "training": PIECES | {"assembly", "build", "memory", "resolve"},
     "report": PIECES | {"assembly", "build", "memory", "resolve", "training"},
     "bench": PIECES | {"assembly", "build", "memory", "resolve", "training", "report", "reported"},
     "api": PIECES | {"assembly", "build", "memory", "resolve", "training", "report"},
-    "cli": PIECES | {"assembly", "build", "memory", "resolve", "training", "report", "bench"},
+    "cli": PIECES | {"assembly", "build", "memory", "resolve", "training", "report", "bench", "merged"},
     "__main__": frozenset({"cli"}),
 }
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 from scrimp.base.seeds import derive
@@ -46,7 +47,11 @@ class Assembly:
 
 
 def assemble(
-    model: PreTrainedModel, recipe: Recipe, *, place: Callable[[Any, torch.device], Any] | None = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    place: Callable[[Any, torch.device], Any] | None = None,
+    stored: bool = False,
 ) -> Assembly:
     """Put the pieces of a resolved recipe around a model.
 
@@ -54,29 +59,46 @@ def assemble(
         model: The model as transformers makes it.
         recipe: The resolved recipe.
         place: Moves the model to where it trains; None leaves it.
+        stored: Whether the model's matrices are stored as the recipe says already.
     """
     import torch
 
-    weights = _builder("weights", recipe)(**_options("weights", recipe))
-    seed = {"seed": derive(recipe.seed, "tune")} if piece("tune", recipe.tune.name).options else {}
-    tune = _builder("tune", recipe)(**_options("tune", recipe), **seed)
+    from scrimp.base.protocols import Adapter
+
+    weights = make_weights(recipe)
+    tune = _make_tune(recipe)
     activations = _builder("activations", recipe)()
-    weights.apply(model)
+    if not stored:
+        weights.apply(model)
     trained = tune.select(model)
+    if isinstance(tune, Adapter):
+        model = cast("PreTrainedModel", tune.wrap(model))
     if place is not None:
         model = place(model, torch.device(recipe.device))
     activations.apply(model)
     forward = cast("nn.Module", torch.compile(model)) if recipe.compile and place is not None else model
-    autocast = torch.bfloat16 if recipe.precision == "bf16-mixed" else None
     return Assembly(
         model=model,
         weights=weights,
         tune=tune,
         trained=trained,
-        loss=_builder("loss", recipe)(forward, autocast),
+        loss=make_loss(recipe, forward),
         estimator=_builder("gradient", recipe)(),
         activations=activations,
     )
+
+
+def make_weights(recipe: Recipe) -> Parametrisation:
+    """Make how the matrices of a recipe are stored."""
+    return cast("Parametrisation", _builder("weights", recipe)(**_options("weights", recipe)))
+
+
+def make_loss(recipe: Recipe, model: nn.Module) -> Loss:
+    """Make the loss of a resolved recipe over a model."""
+    import torch
+
+    autocast = torch.bfloat16 if recipe.precision == "bf16-mixed" else None
+    return cast("Loss", _builder("loss", recipe)(model, autocast))
 
 
 def make_placement(recipe: Recipe) -> Placement:
@@ -102,6 +124,15 @@ def fuse(recipe: Recipe, optimizer: Optimizer) -> Updates | None:
         return None
     assert recipe.batch is not None and recipe.micro_batch is not None
     return optimizer.fuse_backward(micro_batches=recipe.batch // recipe.micro_batch, clip=recipe.clip)
+
+
+def _make_tune(recipe: Recipe) -> Trainable:
+    """Make what trains, with what it takes of the run: a seed, the steps, the length of a sequence."""
+    builder = _builder("tune", recipe)
+    known = {"seed": derive(recipe.seed, "tune"), "steps": recipe.steps, "length": recipe.seq}
+    taken = signature(builder).parameters
+    more = {name: value for name, value in known.items() if name in taken and value is not None}
+    return cast("Trainable", builder(**_options("tune", recipe), **more))
 
 
 def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:

@@ -14,13 +14,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from scrimp import data, models
-from scrimp.assembly import assemble, fuse, make_optimizer, make_placement
-from scrimp.base import extras
+from scrimp import adapted, data, models
+from scrimp.assembly import assemble, fuse, make_optimizer, make_placement, make_weights
+from scrimp.base import extras, platform
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
+from scrimp.checks import check_model, check_tune
+from scrimp.methods import piece
 from scrimp.recipe import Recipe, replace
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class Job:
         loader: The training batches.
         ledger: The predicted memory.
         identity: Fingerprint of the model's architecture; a checkpoint of another one is refused.
+        base: Fingerprint of the weights that an adapter lies over; empty where the weights themselves train.
     """
 
     recipe: Recipe
@@ -119,6 +122,15 @@ class Job:
     loader: Loader
     ledger: Ledger
     identity: str
+    base: str
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the model's tensors that a checkpoint holds: all of them, or an adapter's."""
+        from scrimp.base.protocols import Adapter
+
+        if isinstance(self.tune, Adapter):
+            return self.tune.stored(self.model)
+        return self.model.state_dict()
 
 
 def inspect(recipe: Recipe, *, cache: Path | None = None, trust_remote_code: bool = False) -> Inputs:
@@ -217,7 +229,39 @@ def make_loader(prepared: Prepared, recipe: Recipe) -> Loader:
     )
 
 
-def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, say: Say) -> Job:
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A model that an adapter is to be laid over, made already.
+
+    Attributes:
+        model: It, its matrices stored as the recipe says.
+        fingerprint: Of its weights, before that.
+    """
+
+    model: PreTrainedModel
+    fingerprint: str
+
+
+def make_base(prepared: Prepared, recipe: Recipe) -> Base:
+    """Make the frozen model of a resolved recipe, where it trains."""
+    import torch
+
+    model = _make_model(prepared, recipe, empty=False)
+    fingerprint = adapted.fingerprint(model)
+    make_weights(recipe).apply(model)
+    placed = make_placement(recipe).place(model, torch.device(recipe.device))
+    return Base(cast("PreTrainedModel", placed), fingerprint)
+
+
+def build(
+    prepared: Prepared,
+    recipe: Recipe,
+    ledger: Ledger,
+    *,
+    empty: bool,
+    say: Say,
+    over: Base | None = None,
+) -> Job:
     """Make the objects of a resolved recipe.
 
     Args:
@@ -226,18 +270,28 @@ def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, sa
         ledger: Its predicted memory.
         empty: Leave the weights to be read from a checkpoint.
         say: Told what is going on.
+        over: The model to lay an adapter over; None makes it.
 
     Raises:
         ScrimpError: The model cannot do what the recipe asks of it.
     """
     import torch
 
+    entry = piece("tune", recipe.tune.name)
     device = torch.device(recipe.device)
     placement = make_placement(recipe)
     say("building the model", None)
-    made = assemble(_make_model(prepared, recipe, empty=empty), recipe, place=placement.place)
+    # A checkpoint of an adapter holds the adapter alone.
+    if over is None:
+        model = _make_model(prepared, recipe, empty=empty and not entry.freezes_base)
+        base = adapted.fingerprint(model) if entry.freezes_base else ""
+    else:
+        model, base = over.model, over.fingerprint
+    made = assemble(model, recipe, place=placement.place, stored=over is not None)
+    platform.trim_heap()  # of what loading and coding freed
+    check_tune(made, recipe)
     if not empty:  # a checkpoint's model was tried when it was new
-        _check_model(made.model, recipe, device)
+        check_model(made.model, recipe, device)
     optimizer = make_optimizer(recipe, made.model)
     return Job(
         recipe=recipe,
@@ -256,17 +310,8 @@ def build(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, empty: bool, sa
         loader=make_loader(prepared, recipe),
         ledger=ledger,
         identity=_identity(made.model),
+        base=base,
     )
-
-
-def _check_model(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
-    """Refuse what the model cannot do, by trying it."""
-    if recipe.data.boundaries == "isolate":
-        _check_isolation(model, recipe, device)
-    if recipe.activations.loss == "chunked":
-        from scrimp.activations.loss import check_head
-
-        check_head(model)
 
 
 def _make_model(prepared: Prepared, recipe: Recipe, *, empty: bool) -> PreTrainedModel:
@@ -289,37 +334,3 @@ def _make_model(prepared: Prepared, recipe: Recipe, *, empty: bool) -> PreTraine
 def _identity(model: nn.Module) -> str:
     lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-
-
-def _check_isolation(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
-    """Refuse a model whose second document in a row sees the first one.
-
-    Whether restarted positions isolate documents depends on the model's own masking code, so it is
-    tried: changing the first document must not change the second one's logits.
-    """
-    import torch
-
-    length = 8
-    positions = torch.arange(length, device=device).repeat(2)[None]
-    first = torch.arange(2 * length, device=device)[None]
-    second = first.clone()
-    second[:, :length] += length
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            seen = [
-                model(input_ids=row, position_ids=positions, use_cache=False).logits[:, length:]
-                for row in (first, second)
-            ]
-    except (TypeError, ValueError) as error:
-        seen = []
-        reason = f"it takes no positions ({error})"
-    else:
-        reason = "its attention crosses them"
-    model.train(was_training)
-    if not seen or not torch.equal(seen[0], seen[1]):
-        raise ScrimpError(
-            f"data.boundaries isolate: model {recipe.model.name} cannot keep documents of one row apart: "
-            f"{reason}; use --data.boundaries join, or --data.packing padded"
-        )

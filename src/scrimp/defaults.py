@@ -43,6 +43,11 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, model
     if init == "auto":
         init = "weights" if source.has_weights else "scratch"
     context = model.context
+    if init == "scratch" and piece("tune", recipe.tune.name).freezes_base:
+        raise ScrimpError(
+            f"tune {recipe.tune.name}: an adapter adds to a trained model, and {recipe.model.name} starts "
+            "from random weights; name a trained one with --model, or use --tune full"
+        )
     seq = recipe.seq or (shape.seq if shape else min(DEFAULT_SEQ, context or DEFAULT_SEQ))
     if context is not None and seq > context:
         raise ScrimpError(
@@ -58,7 +63,8 @@ def settle(recipe: Recipe, source: Source, *, device: str, has_bf16: bool, model
         )
     if lr is None or lr == "auto":  # the law needs the length too; what memory takes depends on neither
         usual = shape.lr if shape else FINE_TUNING_LR if init == "weights" else SCRATCH_LR
-        lr = float(f"{usual * piece('optimizer', recipe.optimizer.name).lr_ratio:.3g}")
+        ratio = piece("optimizer", recipe.optimizer.name).lr_ratio * piece("tune", recipe.tune.name).lr_ratio
+        lr = float(f"{usual * ratio:.3g}")
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16-mixed" if device == "cuda" and has_bf16 else "fp32"

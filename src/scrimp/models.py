@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from scrimp import adapted
 from scrimp.base import extras
 from scrimp.base.deadline import within
 from scrimp.base.errors import ScrimpError
@@ -41,13 +43,15 @@ class Source:
 
     Attributes:
         name: The name it was asked for by; paths are absolute.
-        kind: A named shape, a Hugging Face folder, or a GGUF file.
+        kind: A named shape, a Hugging Face folder, a GGUF file, or an adapter over another model.
         path: The folder or file; None for a named shape.
+        base: What an adapter lies over.
     """
 
     name: str
-    kind: Literal["shape", "folder", "gguf"]
+    kind: Literal["shape", "folder", "gguf", "adapter"]
     path: Path | None = None
+    base: Source | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -55,7 +59,7 @@ class Source:
         if self.kind == "folder":
             assert self.path is not None
             return any(self.path.glob("*.safetensors"))
-        return self.kind == "gguf"
+        return self.kind in ("gguf", "adapter")
 
 
 def locate(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -98,7 +102,9 @@ def locate_tokenizer(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if path.exists():
-        return (path / "model" if (path / "recipe.yaml").is_file() else path).resolve()
+        if (path / "recipe.yaml").is_file():
+            path = path / ("model" if (path / "model").is_dir() else "adapter")
+        return path.resolve()
     if not HUB_ID.fullmatch(name):
         raise ScrimpError(f"tokenizer {name!r}: there is no such file or folder")
     return _hub("tokenizer", name, TOKENIZER_FILES)
@@ -119,12 +125,16 @@ def _file(path: Path) -> Source:
 
 def _folder(path: Path, *, trust_remote_code: bool) -> Source:
     if (path / "recipe.yaml").is_file():
-        if not (path / "model").is_dir():
+        finished = next((path / name for name in ("model", "adapter") if (path / name).is_dir()), None)
+        if finished is None:
             raise ScrimpError(
                 f"model {path}: this run has not finished, so it holds no model yet; "
                 f"finish it with: scrimp train --out {path} --resume"
             )
-        path = path / "model"
+        path = finished
+    if adapted.is_adapter(path):
+        base = locate(adapted.base_name(path), trust_remote_code=trust_remote_code)
+        return Source(str(path), "adapter", path, base)
     config = path / "config.json"
     if not config.is_file():
         raise ScrimpError(f"model {path}: the folder holds no config.json, so it is no Hugging Face model")
@@ -207,6 +217,8 @@ def load_config(source: Source, *, vocab: int, trust_remote_code: bool = False) 
             initializer_range=shape.init_std,
             max_position_embeddings=CONTEXT,
         )
+    if source.base is not None:
+        return load_config(source.base, vocab=vocab, trust_remote_code=trust_remote_code)
     assert source.path is not None
     try:
         if source.kind == "gguf":
@@ -262,6 +274,9 @@ def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False)
             f"model {source.name}: it holds no weights; start from random ones with --model.init scratch"
         )
     assert source.path is not None
+    if source.base is not None:
+        base = load(source.base, dtype=dtype, trust_remote_code=trust_remote_code)
+        return adapted.lay_over(base, source.path)
     gguf = source.kind == "gguf"
     try:
         with _quiet():
@@ -284,6 +299,20 @@ def load(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False)
             f"model {source.name}: {len(missing)} tensors are missing, {missing[0]!r} among them"
         )
     return cast("PreTrainedModel", model)
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """Return the dtype that most of a model's weights are stored in; float32 for what torch has none for."""
+    import torch
+    from safetensors import safe_open
+
+    if source.kind != "folder" or source.path is None:
+        return torch.float32
+    first = min(source.path.glob("*.safetensors"))
+    with safe_open(first, framework="pt") as stored:
+        name = max(stored.keys(), key=lambda key: math.prod(stored.get_slice(key).get_shape()))
+        found = stored.get_slice(name).get_dtype()
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found, torch.float32)
 
 
 @contextlib.contextmanager

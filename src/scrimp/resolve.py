@@ -155,7 +155,7 @@ def _fitted(planner: Planner) -> Resolved:
     sizes = [recipe.micro_batch] if recipe.micro_batch else divisors(recipe.batch)
     fitted, found = planner.predictor.fit(recipe, sizes, budget)
     held = found.peak.terms
-    floor = held["fixed"] + held["weights"] + held["optimizer state"]
+    floor = held["fixed"] + held["weights"] + held.get("optimizer state", 0)
     if floor > budget:
         raise ScrimpError(
             f"memory {recipe.memory}: the program, weights and optimizer state of {recipe.model.name} alone "

@@ -17,7 +17,7 @@ from scrimp.recipe import Recipe, fields, flat, replace
 SHORT = {
     *("--model", "--data", "--weights", "--tune", "--optimizer", "--lr", "--steps", "--tokens", "--batch"),
     *("--micro-batch", "--seq", "--clip", "--seed", "--precision", "--device", "--threads", "--memory"),
-    *("--log", "--out", "--resume", "--overwrite"),
+    *("--log", "--out", "--resume", "--overwrite", "--merge"),
 }
 # What is no part of a recipe, and the fields at its top that are named in full.
 RUN = {"--out", "--resume", "--overwrite", "--dry-run", "--cache", "--trust-remote-code", "--json", "--help"}
@@ -75,6 +75,9 @@ def test_help_shows_what_every_field_means(declared: dict[str, Any]) -> None:
 
 VALUES = {
     "tune.order": "descending",
+    "tune.dropout": "0.5",
+    "tune.density": "0.5",
+    "tune.variant": "paper",
     "optimizer.momentum": "0.5",
     "optimizer.density": "0.5",
     "optimizer.store": "8bit",
@@ -108,7 +111,8 @@ def _its_piece(field: str) -> dict[str, str]:
     default = getattr(getattr(Recipe(), choice, None), "name", None)
     if not takers or default in [entry.name for entry in takers]:
         return {}
-    return {f"{choice}.name": takers[0].name}
+    adapter = {"tune.name": "lora"} if choice == "weights" and takers[0].freezes_base else {}
+    return {f"{choice}.name": takers[0].name, **adapter}
 
 
 def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +147,7 @@ def test_data_may_be_named_several_times() -> None:
 def test_commands_keep_their_docstrings_and_hide_nothing_behind_kwargs() -> None:
     from scrimp.cli import COMMANDS
 
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 11
     for command in COMMANDS.values():
         kinds = {parameter.kind for parameter in inspect.signature(command).parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}

@@ -21,7 +21,7 @@ from scrimp.recipe import replace as changed
 ROOFLINE = Roofline(
     flops={"fp32": 1e11, "bf16": 4e11, "bf16-mixed": 4e11}, bandwidth=1e10, seconds_per_operation=1e-5
 )
-FIXED = {"fp32": 380 << 20, "bf16-mixed": 390 << 20, "bf16": 390 << 20}
+FIXED = {"fp32": 380 << 20, "bf16-mixed": 390 << 20, "bf16": 390 << 20, "adapter": 40 << 20}
 
 
 @pytest.fixture
@@ -127,6 +127,8 @@ def test_the_process_counts_on_a_cpu_and_the_context_on_cuda() -> None:
     found = Machine(fixed=FIXED)
     on = {device: changed(Recipe(), {"device": device, "precision": "bf16"}) for device in ("cpu", "cuda")}
     assert found.fixed_bytes(on["cpu"]) == FIXED["bf16"]
+    adapted = changed(on["cpu"], {"tune.name": "lora"})
+    assert found.fixed_bytes(adapted) == FIXED["bf16"] + FIXED["adapter"]
     assert found.fixed_bytes(on["cuda"]) == CUDA_CONTEXT
 
 

@@ -73,7 +73,9 @@ def make_plan(make_candidate: Callable[..., Candidate]) -> Callable[..., Plan]:
         values: dict[str, Any] = {
             "asked": parse({"model": found[0].recipe.model.name, "memory": "24GiB"}),
             "recipe": found[0].recipe,
-            "size": ModelSize(parameters=6_738_415_616, layers=32, weights=0, gradients=0, largest=0),
+            "size": ModelSize(
+                parameters=6_738_415_616, layers=32, weights=0, loaded=0, gradients=0, largest=0
+            ),
             "budget": BUDGET,
             "host": None,
             "disk": None,

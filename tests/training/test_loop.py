@@ -14,9 +14,11 @@ from torch.nn import Module
 from transformers import AutoModelForCausalLM
 
 from scrimp.base.errors import ScrimpError
+from scrimp.base.protocols import Probe
 from scrimp.base.seeds import derive
 from scrimp.data import MicroBatch
 from scrimp.recipe_file import load_recipe
+from scrimp.tuning.full import Full
 
 if TYPE_CHECKING:
     from tests.training.conftest import Lab, Recorder
@@ -114,6 +116,27 @@ def test_the_micro_batch_changes_a_run_by_rounding_only(lab: Lab, packing: str) 
         lab.train(recipe, f"micro-{micro_batch}")
         losses.append([row["loss"] for row in lab.rows(f"micro-{micro_batch}", kind="train")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_a_start_measures_other_batches_at_each_call_and_a_schedule_the_same(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+
+    def look(tune: Full, step: int, optimizer: Any, probe: Probe | None = None) -> None:
+        if probe is not None:
+            seen.append([probe().item() for _ in range(3)])
+
+    recipe = lab.recipe(steps=2)
+    lab.train(recipe, "bare")
+    monkeypatch.setattr(Full, "before_step", look)
+    lab.train(recipe)
+    assert lab.weights() == lab.weights("bare")  # the order of training is as it was
+    job = lab.job(recipe)
+    first, second, third = *job.loader.step(0), job.loader.step(1)[0]
+    losses = [job.loss(m, divisor=m.targets).item() for m in (first, second, third)]
+    assert seen[0] == pytest.approx(losses, rel=LOSS_TOLERANCE["rtol"]) and len(set(losses)) == 3
+    assert seen[1][0] == seen[1][1] == seen[1][2]
 
 
 def test_tokens_count_targets_and_not_padding(lab: Lab) -> None:

@@ -63,13 +63,18 @@ class TokenLoss:
         self.model = model
         self.autocast = autocast
 
+    @property
+    def runs(self) -> nn.Module:
+        """What it runs, for the `logits` of its output."""
+        return self.model
+
     def __call__(self, batch: Batch, *, divisor: float) -> Tensor:
         """Return the summed cross-entropy in nats over `divisor`, a scalar fp32 tensor.
 
         A mixture of experts that asks for its balancing loss (`output_router_logits`) gets it
         weighted by the micro-batch's share of the targets.
         """
-        output = _run(self.model, batch, self.autocast)
+        output = run(self.model, batch, self.autocast)
         # No reference to the logits may outlive this call: they are the largest tensor of a step.
         loss = F.cross_entropy(
             output.logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -101,14 +106,14 @@ class ChunkedTokenLoss:
         self._experts = _Experts.of(plain)
         decoder = self._head.decoder
         # The way a model was compiled (back end, mode) is known to what it was compiled with.
-        self._decoder = decoder if plain is model else cast("Any", model).dynamo_ctx(decoder)
+        self.runs: nn.Module = decoder if plain is model else cast("Any", model).dynamo_ctx(decoder)
 
     def __call__(self, batch: Batch, *, divisor: float) -> Tensor:
         """Return the summed cross-entropy in nats over `divisor`, a scalar fp32 tensor.
 
         A mixture's balancing loss is added as in `TokenLoss`.
         """
-        output = _run(self._decoder, batch, self.autocast)
+        output = run(self.runs, batch, self.autocast)
         head = self._head
         loss = linear_cross_entropy(
             output.last_hidden_state.flatten(0, 1).to(self.autocast or head.linear.weight.dtype),
@@ -256,7 +261,8 @@ class _Experts:
         return self.function(router_logits, self.experts, self.chosen)
 
 
-def _run(model: Any, batch: Batch, autocast: torch.dtype | None) -> Any:
+def run(model: Any, batch: Batch, autocast: torch.dtype | None) -> Any:
+    """Return the output of a model, or of its decoder, for a micro-batch."""
     with torch.autocast(batch.input_ids.device.type, autocast, enabled=autocast is not None):
         if batch.position_ids is None:
             return model(input_ids=batch.input_ids, use_cache=False)

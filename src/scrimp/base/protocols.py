@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -73,6 +74,37 @@ class Trainable(Protocol):
 
     def load_state(self, state: Mapping[str, Sequence[float]]) -> None:
         """Take what `state` returned, after `select`."""
+
+
+@runtime_checkable
+class Adapter(Trainable, Protocol):
+    """A `Trainable` that adds to a model whose own weights stay as they are, and can be saved alone."""
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether the model's own weights can hold what it adds."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return what is to run, after `select`: the model, or something around it."""
+
+    def stored(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint must hold, as they lie: all else comes from the base."""
+
+    def save(self, model: nn.Module, folder: Path, base: str) -> None:
+        """Write the adapter for the untouched base, in peft's form where that can hold it.
+
+        Args:
+            model: The model, with the adapter.
+            folder: Where.
+            base: The name of the model it belongs to.
+        """
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the adapter into the model's own weights, in place, so that nothing of it is left.
+
+        Raises:
+            ScrimpError: They cannot hold it.
+        """
 
 
 class Estimator(Protocol):

@@ -80,7 +80,13 @@ def contestants(names: Sequence[str], suite: Suite) -> list[Contestant]:
 
 def _everybody(suite: Suite) -> list[str]:
     there = [entry.name for entry in peers.PEERS if suite.name in entry.suites]
-    return list(dict.fromkeys([*suite.contestants, *(method.name for method in METHODS), *there]))
+    # An adapter over random weights would be no comparison.
+    ours = [m.name for m in METHODS if suite.tunes or not _is_adapter(m)]
+    return list(dict.fromkeys([*suite.contestants, *ours, *there]))
+
+
+def _is_adapter(method: Method) -> bool:
+    return piece("tune", method.pieces.get("tune", "full")).freezes_base
 
 
 def contestant(name: str, suite: Suite) -> Contestant:
@@ -129,12 +135,13 @@ def _ours(name: str, method: Method, others: Sequence[str]) -> Contestant:
     for other in others:
         field_, value = _piece(other)
         recipe[field_] = value
-    optimizer = recipe.get("optimizer.name", STATED["optimizer.name"])
+    optimizer = piece("optimizer", recipe.get("optimizer.name", STATED["optimizer.name"]))
+    tune = piece("tune", recipe.get("tune.name", "full"))
     return Contestant(
         name=name,
         title=" with ".join([method.name, ", ".join(others)]) if others else method.name,
         recipe=recipe,
-        lr_ratio=piece("optimizer", optimizer).lr_ratio,
+        lr_ratio=optimizer.lr_ratio * tune.lr_ratio,
         # No paper reports on a combination.
         paper=method.name if not others and reported(method.name) else None,
     )

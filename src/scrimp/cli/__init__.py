@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from scrimp import __version__
-from scrimp.cli import bench, doctor, evaluate, generate, methods, plan, report, train, verify
+from scrimp.cli import (
+    bench,
+    doctor,
+    evaluate,
+    generate,
+    merge,
+    methods,
+    plan,
+    report,
+    together,
+    train,
+    verify,
+)
 from scrimp.cli.guard import complain, guarded, set_debug
 
 app = typer.Typer(
@@ -20,10 +32,12 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
+    "together": together.together,
     "plan": plan.plan,
     "bench": bench.bench,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "merge": merge.merge,
     "verify": verify.verify,
     "report": report.report,
     "methods": methods.methods,

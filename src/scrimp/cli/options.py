@@ -19,6 +19,7 @@ SHORT = {
     "data.path": "--data",
     "weights.name": "--weights",
     "tune.name": "--tune",
+    "tune.merge": "--merge",
     "optimizer.name": "--optimizer",
     "optimizer.lr": "--lr",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,9 @@ def load_torch(reporter: Reporter) -> None:
     from scrimp.base.platform import passive_openmp
 
     reporter.phase("loading torch", None)
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        # peft imports what is installed, and it says what it is without: nothing that a run needs.
+        logging.getLogger(name).setLevel(logging.ERROR)
     with passive_openmp():
         import torch  # noqa: F401
 

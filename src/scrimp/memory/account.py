@@ -1,6 +1,6 @@
 """From profiles to a ledger: the moments of a run and what each holds, in plain arithmetic.
 
-    load            weights
+    load            weights as they are read, and what reading takes
     forward, loss, backward of the first micro-batch
     ... of the later ones, where the gradients of those before are alive
     optimizer step  gradients, and the optimizer's own temporaries
@@ -39,7 +39,8 @@ class Parts:
         fixed: Bytes held before the model exists.
         slack: Bytes that the allocator and the libraries hold besides, once it trains.
         file_bytes: Bytes of the weight files that are mapped while the model is loaded, and differ in
-            dtype from what trains; 0 where the weights are used as they lie in the file.
+            dtype from what trains, and of what decoding them takes; 0 where the weights are used as they lie
+            in the file.
     """
 
     size: ModelSize
@@ -66,16 +67,17 @@ def ledger(parts: Parts, recipe: Recipe) -> Ledger:
 def _moments(parts: Parts, recipe: Recipe) -> Iterator[Moment]:
     assert recipe.batch is not None and recipe.micro_batch is not None
     size, optimizer, rows = parts.size, parts.optimizer, recipe.micro_batch
-    loaded: dict[Term, int] = {"fixed": parts.fixed, "weights": size.weights}
+    loaded: dict[Term, int] = {"fixed": parts.fixed, "weights": max(size.loaded, size.weights)}
     always: dict[Term, int] = {
-        **loaded,
         "fixed": parts.fixed + parts.slack,
+        "weights": size.weights,
         "optimizer state": optimizer.state,
     }
     on_gpu = recipe.device == "cuda"
     load: dict[Place, Mapping[Term, int]] = {}
     if on_gpu:
-        load = {"host": {"weights": size.weights, "temporaries": parts.file_bytes}}
+        load = {"host": {"weights": loaded["weights"], "temporaries": parts.file_bytes}}
+        loaded["weights"] = size.weights
     elif parts.file_bytes:
         loaded["temporaries"] = parts.file_bytes
     yield Moment("load", loaded, load)

@@ -48,7 +48,7 @@ def choose_policy(ledger: Ledger, recipe: Recipe) -> HeapPolicy:
     if platform.has_data_limit():
         return "return"  # holes that went back to the system still count there
     peak = ledger.peak
-    others = [moment for moment in ledger.moments if not moment.name.startswith("loss")]
+    others = [moment for moment in ledger.moments if not moment.name.startswith(("loss", "load"))]
     holes = max((HOLES * _passing(moment) for moment in others), default=0.0)
     if _tensors(peak) < SMALL or holes <= HARMLESS * peak.total:
         return "leave"
@@ -67,7 +67,7 @@ def slack_bytes(ledger: Ledger, recipe: Recipe) -> int:
     """
     if choose_policy(ledger, recipe) != "leave":
         return BUFFERS * (recipe.threads or 1)
-    return round(HOLES * max(_passing(moment) for moment in ledger.moments))
+    return round(HOLES * max(_passing(moment) for moment in ledger.moments if moment.name != "load"))
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from scrimp.base import files, platform
 from scrimp.base.errors import ScrimpError
 from scrimp.base.platform import passive_openmp
 from scrimp.data import cache_folder
+from scrimp.memory.warmup import ADAPTER
+from scrimp.methods import piece
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -91,7 +93,10 @@ class Machine:
         Args:
             recipe: With its device and precision resolved.
         """
-        return CUDA_CONTEXT if recipe.device == "cuda" else self.fixed[recipe.precision]
+        if recipe.device == "cuda":
+            return CUDA_CONTEXT
+        more = self.fixed[ADAPTER] if piece("tune", recipe.tune.name).freezes_base else 0
+        return self.fixed[recipe.precision] + max(0, more)
 
 
 def known(folder: Path | None = None) -> Machine | None:

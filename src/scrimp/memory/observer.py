@@ -31,7 +31,8 @@ from scrimp.memory.trace import (
     marking,
 )
 from scrimp.memory.tracker import Record, Tracker
-from scrimp.memory.warmup import settle_resident, warm_up
+from scrimp.memory.warmup import ADAPTED, settle_resident, warm_up
+from scrimp.methods import piece
 from scrimp.recipe import Recipe
 
 
@@ -86,7 +87,7 @@ def fixed_bytes(recipe: Recipe) -> int:
     """
     if recipe.device == "cuda":
         return CUDA_CONTEXT
-    warm_up(recipe.precision)
+    warm_up(recipe.precision, ADAPTED if piece("tune", recipe.tune.name).freezes_base else "full")
     return settle_resident()
 
 

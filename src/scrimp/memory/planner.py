@@ -211,9 +211,12 @@ class Planner:
             precisions = list(dict.fromkeys([self.settled.precision, "bf16"]))
         seen, model = set(), self.predictor.profiles.dimensions()
         name, fixed = _chosen(stated)
+        wraps = piece("tune", self.settled.tune.name).wraps
         free = [choice for choice in FREE if FIELDS[choice] not in fixed]
         for precision, *names in itertools.product(precisions, *(_open(c, stated) for c in free)):
             chosen = {FIELDS[c]: value for c, value in zip(free, names, strict=True)}
+            if wraps and chosen.get(FIELDS["loss"]) == "chunked":
+                continue
             recipe = choose(self.settled, {**fixed, **chosen, "precision": precision}, stated, model)
             if recipe is not None and recipe not in seen:
                 seen.add(recipe)
@@ -334,6 +337,8 @@ def claim(sentence: str) -> str:
 def _chosen(stated: Mapping[str, object]) -> tuple[str, dict[str, str]]:
     """Return the method that was stated, by name and fields; where none was, the first of the catalogue."""
     found = [m for m in METHODS if all(stated.get(FIELDS[c]) == name for c, name in m.pieces.items())]
+    # QLoRA is LoRA and more.
+    found = [m for m in found if not any(m.pieces.items() < other.pieces.items() for other in found)]
     if found:
         return " + ".join(method.name for method in found), {}
     default = METHODS[0]

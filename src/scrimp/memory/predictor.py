@@ -28,6 +28,7 @@ from scrimp.recipe import Recipe, replace
 if TYPE_CHECKING:
     from scrimp.memory.profile import ModelSize
 
+GGUF_COPIES = 2  # of a parameter while it is decoded: 1.7 were seen
 DTYPES = {"fp32": "F32", "bf16-mixed": "F32", "bf16": "BF16"}  # of the weights, as safetensors writes them
 
 
@@ -51,13 +52,14 @@ class Predictor:
         """
         assert recipe.micro_batch is not None
         try:
+            size = self.profiles.size(recipe)
             parts = Parts(
-                size=self.profiles.size(recipe),
+                size=size,
                 step=self.profiles.step(recipe, recipe.micro_batch),
                 evaluation=self.profiles.evaluation(recipe, recipe.micro_batch),
                 optimizer=self.profiles.optimizer(recipe),
                 fixed=self.fixed,
-                file_bytes=_file_bytes(self.profiles.source, recipe),
+                file_bytes=_file_bytes(self.profiles.source, recipe, size.largest),
             )
         except Untraceable as error:
             from scrimp.memory.formula import estimate
@@ -141,12 +143,18 @@ def prepare(
     return Predictor(profiles=profiles, fixed=machine.fixed_bytes(settled)), settled
 
 
-def _file_bytes(source: models.Source, recipe: Recipe) -> int:
-    """Return the bytes of weight files that must be read beside the model, since their dtype is another."""
+def _file_bytes(source: models.Source, recipe: Recipe, largest: int) -> int:
+    """Return the bytes of weight files that must be read beside the model, since their dtype is another.
+
+    Args:
+        source: Where the weights come from.
+        recipe: What is to run.
+        largest: Bytes of the largest parameter, of which decoding a GGUF file holds copies.
+    """
     if recipe.model.init != "weights" or source.path is None:
         return 0
     if source.kind == "gguf":
-        return source.path.stat().st_size
+        return source.path.stat().st_size + GGUF_COPIES * largest
     wanted, size = DTYPES[recipe.precision], 0
     for path in source.path.glob("*.safetensors"):
         header = {}

@@ -90,6 +90,7 @@ class ModelSize:
         parameters: How many numbers it has; tied ones count once.
         layers: Decoder layers.
         weights: Bytes of parameters and buffers.
+        loaded: The same before matrices are coded and adapters added: the model as it is read.
         gradients: Bytes of the gradients of what trains.
         largest: Bytes of the largest parameter.
     """
@@ -97,6 +98,7 @@ class ModelSize:
     parameters: int
     layers: int
     weights: int
+    loaded: int
     gradients: int
     largest: int
 

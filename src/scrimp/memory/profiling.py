@@ -35,6 +35,7 @@ from scrimp.memory.profile import (
 from scrimp.memory.state_bytes import state_tensors
 from scrimp.memory.trace import Curve, fake_assembly, trace_micro_batch, tracker_for
 from scrimp.memory.untraceable import Untraceable
+from scrimp.methods import piece
 from scrimp.optim.optimizer import Optimizer
 from scrimp.recipe import Recipe, replace
 
@@ -87,9 +88,16 @@ class Tracer:
                 parameters=sum(p.numel() for p in made.model.parameters()),
                 layers=self._layers,
                 weights=storage_bytes(tensors_of(made.model)),
+                loaded=self._loaded(recipe),
                 gradients=sum(p.numel() * p.itemsize for p in made.trained.values() if p.requires_grad),
                 largest=max(sizes),
             )
+
+    def _loaded(self, recipe: Recipe) -> int:
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
+            model = models.create_empty(self._config, dtype=dtype, trust_remote_code=True)
+        return storage_bytes(tensors_of(model))
 
     def step(self, recipe: Recipe, rows: int) -> StepProfile:
         """Trace a micro-batch; the profile holds for `rows`, and where those are many for all larger ones."""
@@ -186,8 +194,9 @@ class Tracer:
                 curve.answers += _bound(curve, one)
             return curve
 
-        # What trains is chosen among the layers there are, so a model that sleeps in part is traced whole.
-        depths = _depths(self._config, self._layers) if recipe.tune.name == "full" else None
+        # Where some layers sleep, what trains is chosen among those there are: such a model is traced whole.
+        alike = recipe.tune.name == "full" or piece("tune", recipe.tune.name).freezes_base
+        depths = _depths(self._config, self._layers) if alike else None
         if depths is not None:
             with suppress(NotAligned, Unresizable):
                 curves = [trace(_with_layers(self._config, depth)) for depth in depths]

@@ -22,18 +22,21 @@ from scrimp.base.platform import passive_openmp
 from scrimp.recipe import Recipe, replace
 
 ROWS, LENGTH = 2, 16  # of the tiny micro-batch
+ADAPTED = "lora"  # the adapter that is tried for what all of them load
+ADAPTER = "adapter"  # what an adapter makes resident besides, among the bytes by precision
 
 
-def warm_up(precision: str) -> None:
+def warm_up(precision: str, tune: str = "full") -> None:
     """Do one tiny optimizer step and an evaluation on the CPU, and leave nothing of them behind.
 
     Args:
         precision: Of a recipe: other kernels are loaded for other dtypes.
+        tune: What trains: adapters load peft, and what peft finds installed.
     """
-    tiny_step(precision, "cpu")()
+    tiny_step(precision, "cpu", tune)()
 
 
-def tiny_step(precision: str, device: str) -> Callable[[], None]:
+def tiny_step(precision: str, device: str, tune: str = "full") -> Callable[[], None]:
     """Return a training step of a Llama of two layers and width 64, made of the pieces that runs are made of.
 
     It draws nothing from torch's random state.
@@ -50,12 +53,13 @@ def tiny_step(precision: str, device: str) -> Callable[[], None]:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=176, num_attention_heads=4, num_hidden_layers=2, vocab_size=256
     )
-    settings = {"precision": precision, "device": device, "optimizer.lr": 1e-3}
+    settings = {"precision": precision, "device": device, "optimizer.lr": 1e-3, "tune.name": tune}
     recipe = replace(Recipe(), settings)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = models.create(config, seed=0, dtype=dtype)
+    recipe = with_options(recipe, models.dimensions(config))
     made = assemble(model, recipe, place=lambda model, device: model.to(device))
-    optimizer = make_optimizer(with_options(recipe, models.dimensions(config)), made.model)
+    optimizer = make_optimizer(recipe, made.model)
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.int64, device=device)
     batch = MicroBatch(ids, ids, None, ids.numel())
 
@@ -94,6 +98,8 @@ def resident_by_precision(modules: Sequence[str]) -> dict[str, int]:
     for precision in ("fp32", "bf16-mixed", "bf16"):
         warm_up(precision)
         found[precision] = settle_resident()
+    warm_up("fp32", ADAPTED)
+    found[ADAPTER] = settle_resident() - max(found.values())
     return found
 
 

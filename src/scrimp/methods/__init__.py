@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
+from scrimp.methods.adapters import ADAPTER_METHODS, ADAPTERS
 from scrimp.methods.optimizers import OPTIMIZER_METHODS, OPTIMIZERS
 from scrimp.methods.types import Choice, Method, Piece
 
@@ -30,6 +31,16 @@ PIECES: tuple[Piece, ...] = (
         gives_up="weights of 8 bits (perplexity 0.0 to 0.9 higher on C4 in the papers)",
         rank=3,
         options={"group": 256},
+    ),
+    Piece(
+        choice="weights",
+        name="nf4",
+        builder="scrimp.weights.nf4:nf4",
+        summary="the decoder's matrices in 4 bits that never train, below an adapter that does",
+        gives_up="weights of 4 bits (QLoRA's paper finds the scores of adapters over 16 bits)",
+        rank=4,
+        options={"group": 64, "double": True},
+        freezes_base=True,
     ),
     Piece(
         choice="weights",
@@ -81,6 +92,7 @@ PIECES: tuple[Piece, ...] = (
         rank=3,
         options={"every": 100, "order": "random"},
     ),
+    *ADAPTERS,
     Piece(
         choice="gradient",
         name="backprop",
@@ -178,8 +190,8 @@ METHODS: tuple[Method, ...] = (
         name="owlore",
         pieces={"tune": "owlore", "optimizer": "galore"},
         terms="gradients and optimizer state: those of the layers that are awake, in a subspace",
-        source="Li et al., 2024, arXiv 2405.18380",
-        settings={"optimizer.rank": 256, "optimizer.refresh_every": 100, "optimizer.scale": 1.0},
+        source="Li et al., 2024, arXiv 2405.18380 (with rank 256)",
+        settings={"optimizer.refresh_every": 100, "optimizer.scale": 1.0},
     ),
     Method(
         name="badam",
@@ -192,6 +204,13 @@ METHODS: tuple[Method, ...] = (
         pieces={"tune": "ist"},
         terms="gradients: those of the layers that are awake",
         source="Yao et al., Findings of EMNLP 2024, arXiv 2410.11772, and its authors' code",
+    ),
+    *ADAPTER_METHODS,
+    Method(
+        name="qlora",
+        pieces={"tune": "lora", "weights": "nf4"},
+        terms="weights: 0.516 bytes a matrix element; gradients and optimizer state: those of lora",
+        source="Dettmers et al., NeurIPS 2023, arXiv 2305.14314",
     ),
 )
 

@@ -21,8 +21,11 @@ class Piece:
         gives_up: What a run loses by it, with the evidence; empty where it computes the same.
         rank: How much is lost, from 0 for nothing; the planner takes the lowest that fits.
         options: The fields of the choice's section that it takes, with its defaults.
-        lr_ratio: Of an optimizer: its learning rate over AdamW's, as its source states; `--lr auto` and the
-            bench's search start there.
+        lr_ratio: Of an optimizer: its learning rate over AdamW's, as its source states; of a way to tune:
+            over that of full tuning. The default rate, `--lr auto` and the bench's search start there.
+        freezes_base: Of a way to tune: whether the model's own weights stay as they are. Of a way to keep
+            weights: whether they must.
+        wraps: Of a way to tune: whether it runs around the model, so that only whole logits come out.
     """
 
     choice: Choice
@@ -33,6 +36,8 @@ class Piece:
     rank: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     lr_ratio: float = 1.0
+    freezes_base: bool = False
+    wraps: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

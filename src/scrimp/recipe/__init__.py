@@ -128,10 +128,25 @@ class Recipe(Section):
     def _fields_agree(self) -> Self:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens both say how long the run is: give one of them")
-        if self.tune.name != "full" and self.optimizer.name == "frugal":
+        is_adapter = piece("tune", self.tune.name).freezes_base
+        if self.tune.name != "full" and not is_adapter and self.optimizer.name == "frugal":
             raise ValueError(
                 f"optimizer frugal wakes whole matrices in turns, and tune {self.tune.name} whole layers: "
                 "use one of them"
+            )
+        is_frozen = piece("weights", self.weights.name).freezes_base
+        if is_frozen and not is_adapter:
+            raise ValueError(
+                f"weights {self.weights.name} never train, and tune {self.tune.name} trains them: tune an "
+                "adapter, such as --tune lora, or use --weights int8"
+            )
+        wraps = piece("tune", self.tune.name).wraps
+        if wraps and self.activations.loss == "chunked":
+            raise ValueError(f"tune {self.tune.name} runs around the model: use --activations.loss logits")
+        if (wraps or self.tune.name == "dept") and self.data.boundaries == "isolate":
+            raise ValueError(
+                f"tune {self.tune.name} puts its prompt before a row: use --data.boundaries join, or "
+                "--data.packing padded"
             )
         if self.batch is not None and self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(

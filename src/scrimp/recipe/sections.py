@@ -107,6 +107,7 @@ class Weights(Section):
 
     name: str = Field(default="dense", description="parametrisation of the weights")
     group: int | None = Field(default=None, ge=1, description="weights that share a scale")
+    double: bool | None = Field(default=None, description="keep the scales themselves in 8 bits")
 
 
 class Tune(Section):
@@ -124,6 +125,23 @@ class Tune(Section):
     order: Literal["random", "ascending", "descending", "fixed"] | None = Field(
         default=None, description="in which blocks take turns"
     )
+    rank: int | None = Field(default=None, ge=1, description="rank of an adapter")
+    alpha: float | None = Field(default=None, gt=0, description="scale of an adapter, times its rank")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout of an adapter's input")
+    targets: Annotated[tuple[str, ...] | None, BeforeValidator(split)] = Field(
+        default=None, description="linear layers that are adapted: all-linear, or ends of their names"
+    )
+    prompt: int | None = Field(default=None, ge=1, description="vectors of a trained prompt")
+    bottleneck: int | None = Field(default=None, ge=1, description="width of a small network's middle")
+    passes: int | None = Field(default=None, ge=1, description="micro-batches that an initialisation sees")
+    ratio: float | None = Field(default=None, gt=0, description="learning rate of one part over the other's")
+    per_row: int | None = Field(default=None, ge=1, description="entries of every row that train")
+    density: float | None = Field(default=None, gt=0, le=1, description="share of the entries that train")
+    bits: int | None = Field(default=None, ge=2, le=8, description="bits of a code of the base")
+    variant: Literal["paper", "released"] | None = Field(
+        default=None, description="where a method's paper and its authors' code differ, whose form"
+    )
+    merge: bool = Field(default=False, description="write the merged model beside the adapter")
 
 
 class Gradient(Section):

@@ -6,6 +6,7 @@ RUN/memory.json      what was predicted and what was measured, moment by moment
 RUN/sample.txt       a short text of the finished model's
 RUN/checkpoints/     see scrimp.training.checkpoint
 RUN/model/           the finished model, an ordinary Hugging Face folder
+RUN/adapter/         the finished adapter in peft's form, in place of a model or beside the merged one
 RUN/tensorboard/     what a logger writes, where one was asked for
 RUN/report.html      what `scrimp report` writes, where it was asked for
 """
@@ -28,6 +29,7 @@ RECIPE = "recipe.yaml"
 OURS = (
     "checkpoints",
     "model",
+    "adapter",
     "tensorboard",
     "wandb",
     "report.html",
@@ -82,6 +84,16 @@ class RunFolder:
     def model(self) -> Path:
         """The finished model."""
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The finished adapter."""
+        return self.path / "adapter"
+
+    @property
+    def finished(self) -> Path | None:
+        """What a finished run left, the merged model before the adapter; None where it has not finished."""
+        return next((path for path in (self.model, self.adapter) if path.is_dir()), None)
 
     @property
     def is_run(self) -> bool:

@@ -13,8 +13,10 @@ the run's seed and s, so a resumed run needs no generator's state.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import Interrupted, ScrimpError
+from scrimp.base.protocols import Probe
 from scrimp.base.seeds import derive
 from scrimp.base.units import parse_bytes
 from scrimp.build import Job
+from scrimp.data.loader import MicroBatch
 from scrimp.optim.clipping import AtStep
 from scrimp.schedules import learning_rate
 from scrimp.training import checkpoint
@@ -53,6 +57,24 @@ class _Pending:
     tokens: int
     targets: int
     step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A step that has begun.
+
+    Attributes:
+        lr: Its learning rate.
+        targets: The targets of its batch.
+    """
+
+    lr: float
+    targets: int
+
+    @property
+    def divisor(self) -> int:
+        """What the summed loss is divided by."""
+        return max(1, self.targets)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,56 +117,102 @@ class Loop:
             ScrimpError: The loss is not finite, a checkpoint could not be written, or the run is over its
                 budget and its recipe is strict.
         """
-        self._began = self._saved = self._mark = time.monotonic()
-        self._first, self._first_tokens = self.progress.step, self.progress.tokens
-        assert self.job.recipe.memory is not None
-        self._budget = parse_bytes(self.job.recipe.memory)
-        self.job.model.train()
+        self.begin()
         while self.progress.step < until:
             self._train_step()
             step, recipe = self.progress.step, self.job.recipe
-            assert recipe.evaluation.every is not None and recipe.checkpoint.every is not None
+            assert recipe.checkpoint.every is not None
             last = step == recipe.steps
-            if last or step % recipe.evaluation.every == 0:
-                self._evaluate()
+            self.evaluate_when_due()
             if last or step % recipe.checkpoint.every == 0:
-                self._save(scheduled=True)
+                self.save(scheduled=True)
             elif time.monotonic() - self._saved > CHECKPOINT_SECONDS:
-                self._save(scheduled=False)
+                self.save(scheduled=False)
             if self._over and recipe.strict:
                 self._stop_over_budget()
             if self.stopper.requested is not None and not last:
                 self._stop(self.stopper.requested)
         self._read_pending()
 
+    def begin(self) -> None:
+        """Start the clock, and put the model into training mode."""
+        self._began = self._saved = self._mark = time.monotonic()
+        self._first, self._first_tokens = self.progress.step, self.progress.tokens
+        assert self.job.recipe.memory is not None
+        self._budget = parse_bytes(self.job.recipe.memory)
+        self.job.model.train()
+
     def _train_step(self) -> None:
-        job, recipe, step = self.job, self.job.recipe, self.progress.step
-        batch = [on_device(micro, job.device) for micro in job.loader.step(step)]
-        targets = sum(micro.targets for micro in batch)
-        lr = self._set_learning_rate(step)
-        self._seed(derive(recipe.seed, "step", step))
-        probe = functools.partial(job.loss, batch[0], divisor=max(1, batch[0].targets))
-        job.tune.before_step(step, job.optimizer, probe)
-        loss_function = functools.partial(job.loss, divisor=max(1, targets))
+        job = self.job
+        batch = [on_device(micro, job.device) for micro in job.loader.step(self.progress.step)]
+        opened = self.open_step(batch)
+        loss_function = functools.partial(job.loss, divisor=opened.divisor)
         with self.watch.step(batch):
             with job.activations.context(), job.placement.context():
                 loss = job.estimator.step(self.watch.loss(loss_function), batch)
             self.watch.before_update()
-            updates = job.fused or AtStep(job.optimizer, tuple(job.trained.values()), recipe.clip)
-            norm = updates.clip()
-            # Only this policy waits for the device: it must know before the update.
-            if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
-                self.progress.skipped += 1
-                updates.discard()
-            else:
-                updates.apply()
-            job.optimizer.zero_grad(set_to_none=True)
+            norm = self.update(loss)
+        self.close_step(opened, loss, norm)
+
+    def open_step(self, batch: Sequence[MicroBatch]) -> Opened:
+        """Set all that a step runs with.
+
+        Args:
+            batch: Its micro-batches, on the job's device.
+        """
+        job, step = self.job, self.progress.step
+        targets = sum(micro.targets for micro in batch)
+        lr = self._set_learning_rate(step)
+        self.seed()
+        job.tune.before_step(step, job.optimizer, self._probe(batch))
+        return Opened(lr=lr, targets=targets)
+
+    def _probe(self, batch: Sequence[MicroBatch]) -> Probe:
+        """Return what runs the model on some training tokens.
+
+        Before the first step each call takes another micro-batch, in their order, for what an adapter starts
+        from; later all take the step's first one.
+        """
+        found = itertools.repeat(batch[0]) if self.progress.step else self._from_here(batch)
+
+        def probe() -> Tensor:
+            micro = next(found)
+            return self.job.loss(micro, divisor=max(1, micro.targets))
+
+        return probe
+
+    def _from_here(self, batch: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        yield from batch
+        for step in itertools.count(self.progress.step + 1):
+            yield from (on_device(micro, self.job.device) for micro in self.job.loader.step(step))
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Clip the gradients, update with them and drop them; return their global norm."""
+        job, recipe = self.job, self.job.recipe
+        updates = job.fused or AtStep(job.optimizer, tuple(job.trained.values()), recipe.clip)
+        norm = updates.clip()
+        # Only this policy waits for the device: it must know before the update.
+        if recipe.nonfinite == "skip" and not math.isfinite((loss + norm).item()):
+            self.progress.skipped += 1
+            updates.discard()
+        else:
+            updates.apply()
+        job.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def close_step(self, opened: Opened, loss: Tensor, norm: Tensor) -> None:
+        """Count a step that is done, and tell of it when its numbers are there."""
         self._read_pending()
-        self.progress.step = step + 1
-        self.progress.tokens += targets
-        self._pending = _Pending(loss, norm, lr, self.progress.tokens, targets, step + 1)
-        if job.device.type == "cpu":
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += opened.targets
+        self._pending = _Pending(loss, norm, opened.lr, progress.tokens, opened.targets, progress.step)
+        if self.job.device.type == "cpu":
             self._read_pending()
+
+    def seed(self) -> None:
+        """Seed what the next step may draw from."""
+        self._seed(derive(self.job.recipe.seed, "step", self.progress.step))
 
     def _seed(self, seed: int) -> None:
         """Seed what a step may draw from (`torch.manual_seed` takes 400 microseconds for all devices)."""
@@ -228,6 +296,13 @@ class Loop:
             "Lower --lr, or leave such steps out with --nonfinite skip"
         )
 
+    def evaluate_when_due(self) -> None:
+        """Evaluate at every step that the recipe says, and at the last."""
+        every = self.job.recipe.evaluation.every
+        assert every is not None
+        if self.progress.step == self.job.recipe.steps or self.progress.step % every == 0:
+            self._evaluate()
+
     def _evaluate(self) -> None:
         self._read_pending()
         job = self.job
@@ -247,7 +322,7 @@ class Loop:
         assert self.progress.last is not None
         self._write("eval", self.progress.last, asdict(self.progress.evaluation))
 
-    def _save(self, *, scheduled: bool) -> Path | None:
+    def save(self, *, scheduled: bool) -> Path | None:
         """Save a checkpoint; only a scheduled one has its line: the clock leaves no trace in the metrics."""
         if self.folder is None or self.metrics is None:
             return None
@@ -269,7 +344,7 @@ class Loop:
             path = checkpoint.save(
                 self.folder.checkpoints,
                 step=progress.step,
-                model=job.model.state_dict(),
+                model=job.stored(),
                 optimizer=optimizer_tensors(job.optimizer, job.trained.items()),
                 state=state,
                 identity=job.identity,
@@ -282,14 +357,14 @@ class Loop:
         return path
 
     def _stop_over_budget(self) -> None:
-        path = self._save(scheduled=False)
+        path = self.save(scheduled=False)
         raise ScrimpError(
             f"{self._over}; stopped after step {self.progress.step} as strict asks, and saved {path}; "
             "start again with a smaller --micro-batch or --seq, or a larger --memory"
         )
 
     def _stop(self, signal_number: int) -> None:
-        path = self._save(scheduled=False)
+        path = self.save(scheduled=False)
         assert self.folder is not None or path is None
         out = None if self.folder is None else self.folder.path
         raise Interrupted(

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import torch
 
-from scrimp import models, recipe_file
+from scrimp import adapted, models, recipe_file
 from scrimp.base import files
 from scrimp.base.errors import Interrupted, ScrimpError
+from scrimp.base.protocols import Adapter
 from scrimp.base.units import parse_bytes
 from scrimp.build import Inputs, Job, Prepared, build, make_loader, prepare
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.machine import CUDA_CONTEXT
 from scrimp.memory.observer import PeakMeter
+from scrimp.methods import piece
 from scrimp.recipe import Recipe, flat
 from scrimp.resolve import Resolved, choose_device, resolve
 from scrimp.training import checkpoint
@@ -49,7 +51,7 @@ class Run:
 
     Attributes:
         out: Its folder.
-        model: The finished model, an ordinary Hugging Face folder.
+        model: The finished model, an ordinary Hugging Face folder; or that of an adapter that was not merged.
         recipe: The resolved recipe.
         metrics: The numbers of the last step.
         evaluation: The last evaluation; None where nothing was held out.
@@ -84,8 +86,8 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
         Interrupted: A signal stopped it; it was saved unless no step was done.
     """
     stopper = Stopper()
-    with stopper.listening(), _folder(start, inputs) as folder:
-        finished = _finished(folder) if start.resuming else None
+    with stopper.listening(), taken(start, inputs) as folder:
+        finished = finished_run(folder) if start.resuming else None
         if finished is not None:
             reporter.note(f"{folder.path} has finished all its {finished.recipe.steps} steps already")
             return finished
@@ -99,25 +101,25 @@ def execute(start: Start, inputs: Inputs, reporter: Reporter) -> Run:
             process_state(recipe, device),
             _capped(recipe, device, inputs),
             returning(heap),
-            _explained(folder, resolved),
+            explaining(folder, resolved),
         ):
             files.recover(folder.checkpoints)
             found = (
                 checkpoint.find_usable(folder.checkpoints) if start.resuming else checkpoint.Found(None, [])
             )
             job = build(prepared, recipe, resolved.ledger, empty=found.path is not None, say=reporter.phase)
-            _compare(job, start, reporter)
+            compare(job, start, reporter)
             point = restore(job, found, reporter)
             if start.asked_to_resume and point.progress.step == 0:
                 reporter.note(f"{folder.path} holds no usable checkpoint, so the run starts at step 0")
             if start.overwrite:
                 folder.clear()
-            with _clean_on_failure(folder, start, point):
-                _write_recipe(job, folder)
+            with clean_on_failure(folder, start, point):
+                write_recipe(job, folder)
                 reporter.plan(job)
                 with trimming(job.model, heap):
                     run = _train(job, folder, point, meter, reporter, stopper)
-            run = replace(run, sample=_keep_sample(job, folder, reporter))
+            run = replace(run, sample=keep_sample(job, folder, reporter))
             reporter.done(job, run)
             return run
 
@@ -157,7 +159,8 @@ def plan(
 
 
 @contextmanager
-def _folder(start: Start, inputs: Inputs) -> Iterator[RunFolder]:
+def taken(start: Start, inputs: Inputs) -> Iterator[RunFolder]:
+    """Choose and hold the folder of a run."""
     folder = start.folder or next_free(inputs.recipe.model.name)
     with claimed(folder):
         if not start.resuming:
@@ -165,9 +168,9 @@ def _folder(start: Start, inputs: Inputs) -> Iterator[RunFolder]:
         yield folder
 
 
-def _finished(folder: RunFolder) -> Run | None:
+def finished_run(folder: RunFolder) -> Run | None:
     """Return the run in a folder if it was finished, by the last line of its metrics."""
-    if not folder.model.is_dir() or not folder.metrics.is_file():
+    if folder.finished is None or not folder.metrics.is_file():
         return None
     rows = read_metrics(folder.metrics)
     if not rows or rows[-1]["kind"] != "end":
@@ -176,7 +179,7 @@ def _finished(folder: RunFolder) -> Run | None:
     evaluated = "eval_loss" in end
     return Run(
         out=folder.path,
-        model=folder.model,
+        model=folder.finished,
         recipe=recipe_file.read(folder.recipe).recipe,
         metrics=Metrics(**{name: end[name] for name in Metrics.__dataclass_fields__}),
         evaluation=Evaluation(**{name: end[name] for name in Evaluation.__dataclass_fields__})
@@ -211,7 +214,7 @@ def restore(job: Job, found: checkpoint.Found, reporter: Reporter) -> Point:
     reporter.phase(f"reading {found.path}", None)
     checkpoint.check_model(found.path, job.identity)
     state = checkpoint.read_state(found.path)
-    checkpoint.read_model_into(found.path, job.model.state_dict())
+    checkpoint.read_model_into(found.path, job.stored())
     load_optimizer(found.path / checkpoint.OPTIMIZER, job.optimizer, job.trained.items(), state["optimizer"])
     job.tune.load_state(state.get("tune", {}))
     progress = Progress.from_plain(state["progress"])
@@ -219,7 +222,7 @@ def restore(job: Job, found: checkpoint.Found, reporter: Reporter) -> Point:
     return Point(progress, state["metrics_bytes"], state["scheduled"])
 
 
-def _compare(job: Job, start: Start, reporter: Reporter) -> None:
+def compare(job: Job, start: Start, reporter: Reporter) -> None:
     """Hold what the recipe was recorded with against what is here now.
 
     Raises:
@@ -236,7 +239,8 @@ def _compare(job: Job, start: Start, reporter: Reporter) -> None:
         reporter.note(f"not all is as it was recorded, so bits may differ: {'; '.join(changed)}")
 
 
-def _write_recipe(job: Job, folder: RunFolder) -> None:
+def write_recipe(job: Job, folder: RunFolder) -> None:
+    """Write the resolved recipe and what it runs with; from then on the folder is a run."""
     files.write_atomic(folder.recipe, recipe_file.dumps(job.recipe, recorded(job)))
 
 
@@ -267,20 +271,25 @@ def _train(
             for logger in loop.loggers:
                 logger.close()
             _write_ledgers(job, watch, folder)
-        reporter.phase("saving the model", None)
-        _export(job, folder)
-        progress = point.progress
-        assert progress.last is not None
-        found = {} if progress.evaluation is None else asdict(progress.evaluation)
-        metrics.write("end", progress.last, {**found, "skipped": progress.skipped})
+        run = finish(job, folder, point.progress, metrics, reporter)
+    return replace(run, peak_moment=watch.peak_moment())
+
+
+def finish(job: Job, folder: RunFolder, progress: Progress, metrics: MetricsFile, reporter: Reporter) -> Run:
+    """Write the finished model or adapter, and the last line of the metrics."""
+    reporter.phase("saving the model", None)
+    _export(job, folder)
+    assert progress.last is not None
+    found = {} if progress.evaluation is None else asdict(progress.evaluation)
+    metrics.write("end", progress.last, {**found, "skipped": progress.skipped})
+    assert folder.finished is not None
     return Run(
         out=folder.path,
-        model=folder.model,
+        model=folder.finished,
         recipe=job.recipe,
         metrics=progress.last,
         evaluation=progress.evaluation,
         skipped=progress.skipped,
-        peak_moment=watch.peak_moment(),
     )
 
 
@@ -291,7 +300,7 @@ def _write_ledgers(job: Job, watch: Watch, folder: RunFolder) -> None:
         files.write_atomic(folder.memory, json.dumps(found, indent=1) + "\n")
 
 
-def _keep_sample(job: Job, folder: RunFolder, reporter: Reporter) -> str:
+def keep_sample(job: Job, folder: RunFolder, reporter: Reporter) -> str:
     """Let the model write a little when all else of the run is safe, and keep it."""
     reporter.phase("making a sample", None)
     text = kept_sample(job.model, job.prepared.tokenizer)
@@ -299,15 +308,41 @@ def _keep_sample(job: Job, folder: RunFolder, reporter: Reporter) -> str:
     return text
 
 
+def _stored(job: Job) -> dict[str, object] | None:
+    """Return how the base of an adapter was kept; None where it was as it is."""
+    kept = job.recipe.weights
+    if kept.name == "dense":
+        return None
+    options = {name: getattr(kept, name) for name in piece("weights", kept.name).options}
+    dtype = torch.bfloat16 if job.recipe.precision == "bf16" else torch.float32
+    return {"name": kept.name, "options": options, "dtype": str(dtype).removeprefix("torch.")}
+
+
 def _export(job: Job, folder: RunFolder) -> None:
-    """Write the finished model as an ordinary Hugging Face folder."""
-    job.weights.materialize(job.model)
+    """Write the finished model as an ordinary Hugging Face folder, or the adapter in peft's form."""
+    if isinstance(job.tune, Adapter):
+        with files.atomic_directory(folder.adapter) as partial:
+            job.tune.save(job.model, partial, job.prepared.inputs.model.name)
+            job.prepared.tokenizer.save_pretrained(partial)
+            adapted.write_base(
+                partial,
+                name=job.prepared.inputs.model.name,
+                config=adapted.config_hash(job.prepared.config),
+                weights=job.base,
+                stored=_stored(job),
+            )
+        if not job.recipe.tune.merge:
+            return
+        job.weights.materialize(job.model)
+        job.tune.merge(job.model)
+    else:
+        job.weights.materialize(job.model)
     with files.atomic_directory(folder.model) as partial:
         models.export(job.model, job.prepared.tokenizer, partial)
 
 
 @contextmanager
-def _clean_on_failure(folder: RunFolder, start: Start, point: Point) -> Iterator[None]:
+def clean_on_failure(folder: RunFolder, start: Start, point: Point) -> Iterator[None]:
     """Leave no run behind that did not do its first step, unless it was here before."""
     try:
         yield
@@ -333,7 +368,7 @@ def _capped(recipe: Recipe, device: torch.device, inputs: Inputs) -> Iterator[No
 
 
 @contextmanager
-def _explained(folder: RunFolder, resolved: Resolved) -> Iterator[None]:
+def explaining(folder: RunFolder, resolved: Resolved) -> Iterator[None]:
     """Say what to do about memory that ran out, and after a stop that could not wait for its step."""
     try:
         yield

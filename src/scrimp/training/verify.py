@@ -94,7 +94,7 @@ def verify(
         )
         reporter.plan(job)
         differing = tuple(step for step in range(first + 1, last + 1) if not _repeats(loop, rows[step]))
-        equal = checkpoint.holds(saved[last], job.model.state_dict()) if last in saved else None
+        equal = checkpoint.holds(saved[last], job.stored()) if last in saved else None
     return Verdict(first=first, last=last, differing=differing, weights_equal=equal)
 
 

@@ -125,7 +125,7 @@ def check_period(name: str, every: int) -> None:
         raise ScrimpError(f"tune {name}: every {every!r} must be a whole number of steps, 1 or more")
 
 
-def LISA(*, layers: int = 2, every: int = 20, seed: int = 0) -> LayerSampling:  # noqa: N802 - the field's name
+def LISA(*, layers: int = 2, every: int = 20, seed: int = 0) -> LayerSampling:
     """Layerwise importance sampled AdamW: `layers` decoder layers, drawn evenly, and all outside them.
 
     References:
@@ -134,9 +134,7 @@ def LISA(*, layers: int = 2, every: int = 20, seed: int = 0) -> LayerSampling:  
     return LayerSampling(name="lisa", layers=layers, every=every, seed=seed, chances=Uniform())
 
 
-def OwLore(  # noqa: N802 - the field's name
-    *, layers: int = 5, every: int = 50, threshold: float = 13.0, seed: int = 0
-) -> LayerSampling:
+def OwLore(*, layers: int = 5, every: int = 50, threshold: float = 13.0, seed: int = 0) -> LayerSampling:
     """Outlier-weighed layerwise sampling: layers with many outliers are drawn more often.
 
     The ratios are measured before the first step, on the tokens of the probe; without one, by the weights
@@ -149,7 +147,7 @@ def OwLore(  # noqa: N802 - the field's name
     return LayerSampling(name="owlore", layers=layers, every=every, seed=seed, chances=chances)
 
 
-def IST(  # noqa: N802 - the field's name
+def IST(
     *,
     layers: float = 0.25,
     every: int = 1,

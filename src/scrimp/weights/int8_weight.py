@@ -206,12 +206,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         flat = x.reshape(-1, x.shape[-1])
-        y = x.new_empty(flat.shape[0], weight.shape[0])
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: peft's AdaLoRA adds to it in place
+        found = y.view(-1, weight.shape[0])
         for rows in blocks(*weight.shape):
-            y[:, rows] = flat @ _rows(weight, rows, x.dtype).t()
+            found[:, rows] = flat @ _rows(weight, rows, x.dtype).t()
         if bias is not None:
             y += bias
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

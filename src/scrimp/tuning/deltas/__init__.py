@@ -1,0 +1,1 @@
+"""Deltas: what an adapter adds to a frozen linear layer, one file a parametrisation."""
