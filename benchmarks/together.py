@@ -55,7 +55,7 @@ def main() -> None:
         for side in ("in turn", "two at once"):
             what = f"{case}: times the tokens a second of four runs, {side}"
             value = cases[case]["times"][side]["median"]
-            if case == PROMISED:
+            if case == PROMISED and side == "in turn":
                 benchmark.expect(what, value, at_least=TIMES)
             else:
                 say(f"{what}: {value:.2f}")

@@ -31,9 +31,7 @@ def together(
             rich_help_panel=RUN,
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the runs in --out.", rich_help_panel=RUN)
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with them.", rich_help_panel=RUN)] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the runs in --out.", rich_help_panel=RUN)
     ] = False,

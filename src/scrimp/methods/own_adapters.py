@@ -50,7 +50,8 @@ OWN_ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "lora-sb", f"{_T}.low_rank_tuning:LoraSB", "a small core between the first update's vectors", FEW,
-        {"rank": 96, "passes": 1, **_EVERY}, _CORE, "Ponkshe et al., 2024, arXiv 2411.19557",
+        {"rank": 96, "passes": 1, "variant": "paper", **_EVERY}, _CORE,
+        "Ponkshe et al., 2024, arXiv 2411.19557",
         lr_ratio=50.0,
     ),
     Entry(
