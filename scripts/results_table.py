@@ -247,6 +247,40 @@ def _seven_billion(document: Document) -> list[Row]:
     ]
 
 
+def _adapter_step(document: Document) -> list[Row]:
+    return [
+        (f"{case}: ms a step, {side}; peak above the model, MB", told, "", "")
+        for case, found in document["results"]["cases"].items()
+        for side, seconds in found["seconds"].items()
+        for told in [f"{1000 * seconds['median']:,.0f}; {found['peak_bytes'][side] / 1e6:,.0f}"]
+    ]
+
+
+def _sparse_delta(document: Document) -> list[Row]:
+    rows = []
+    for case in document["results"]["cases"]:
+        ours, scatter = case["peak_bytes"]["ours"], case["peak_bytes"]["scatter"]
+        time = _spread(case["seconds_over_scatter"])
+        rows.append((f"{case['case']}: peak, ours / scatter; time", f"{ours / scatter:.2f}; {time}", "", ""))
+    return rows
+
+
+def _qlora(document: Document) -> list[Row]:
+    sides = {name: side for name, side in document["results"].items() if isinstance(side, dict)}
+    return [
+        (f"{name}: held-out loss; MB of the base", f"{side['loss']:.4f}; {side['bytes'] / 1e6:.1f}", "", "")
+        for name, side in sides.items()
+    ]
+
+
+def _together(document: Document) -> list[Row]:
+    return [
+        (f"{case} tokens a batch: times four runs, {side}", _spread(times), "", "")
+        for case, found in document["results"]["cases"].items()
+        for side, times in found["times"].items()
+    ]
+
+
 def _tuning_task(document: Document) -> str:
     """Return the task in a sentence, the picture, and a table of all sides by their score."""
     results = document["results"]
@@ -293,6 +327,10 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "optimizer_refresh": _optimizer_refresh,
     "optimizer_state": _optimizer_state,
     "seven_billion": _seven_billion,
+    "adapter_step": _adapter_step,
+    "sparse_delta": _sparse_delta,
+    "qlora": _qlora,
+    "together": _together,
 }
 
 

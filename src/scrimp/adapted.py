@@ -109,9 +109,9 @@ def lay_over(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from scrimp import own_adapter
 
     check_base(base, folder)
+    decode_as_trained(base, [folder])
     if own_adapter.is_ours(folder):
         return own_adapter.lay_over(base, folder)
-    decode_as_trained(base, [folder])
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         try:
@@ -129,6 +129,13 @@ def lay_over(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         return cast("PreTrainedModel", wrapped.merge_and_unload())
     except (AttributeError, NotImplementedError, ValueError):  # a tuner that no weight can hold
         return cast("PreTrainedModel", wrapped)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Tell whether a model runs with an adapter that its weights could not hold."""
+    from scrimp import own_adapter
+
+    return hasattr(model, "peft_config") or own_adapter.is_laid_over(model)
 
 
 @contextmanager

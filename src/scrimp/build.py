@@ -322,7 +322,13 @@ def _make_model(prepared: Prepared, recipe: Recipe, *, empty: bool) -> PreTraine
     if empty:
         return models.create_empty(prepared.config, dtype=dtype, trust_remote_code=trust)
     if recipe.model.init == "weights":
-        return models.load(prepared.inputs.model, dtype=dtype, trust_remote_code=trust)
+        stored = models.load(prepared.inputs.model, dtype=dtype, trust_remote_code=trust)
+        if adapted.is_wrapped(stored):
+            raise ScrimpError(
+                f"model {prepared.inputs.model.name}: no weight can hold what this adapter does, so nothing "
+                "can be trained over it; train over its base"
+            )
+        return stored
     seed = derive(recipe.seed, "init")
     model = models.create(prepared.config, seed=seed, dtype=dtype, trust_remote_code=trust)
     for special in ("bos_token_id", "eos_token_id", "pad_token_id"):

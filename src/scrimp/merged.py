@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from scrimp import adapted, data, models, own_adapter
+from scrimp import adapted, data, models
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.compeft import Compressed, compress_adapter
@@ -68,7 +68,7 @@ def write_model(
     dtype = models.stored_dtype(first.base) if precision == "auto" else DTYPES[precision]
     if len(sources) == 1:
         model = models.load(first, dtype=dtype, trust_remote_code=trust_remote_code)
-        if hasattr(model, "peft_config") or own_adapter.is_laid_over(model):
+        if adapted.is_wrapped(model):
             raise ScrimpError(
                 f"merge {first.name}: no weight of the model can hold what this adapter does; name the "
                 "adapter's own folder where it is used"

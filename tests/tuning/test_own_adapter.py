@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM
 
 from scrimp import own_adapter
 from scrimp.base.errors import ScrimpError
-from scrimp.methods import Piece
 from scrimp.tuning import adapter_files
 from scrimp.tuning.bottleneck import InvertibleAdapter, ParallelAdapter, SeriesAdapter
 from scrimp.tuning.dept import DePT
@@ -35,17 +34,6 @@ BUILDERS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "snell": (Snell, {"rank": 4, "targets": ("v_proj",)}),
     "peqa": (PEQA, {"group": 16, "targets": ("v_proj", "o_proj")}),
 }
-
-
-@pytest.fixture(autouse=True)
-def catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every builder be found by its name, also while the catalogue does not have it."""
-
-    def find(choice: str, name: str) -> Piece:
-        builder = BUILDERS[name][0]
-        return Piece(choice="tune", name=name, builder=f"{builder.__module__}:{builder.__name__}", summary="")
-
-    monkeypatch.setattr(own_adapter, "piece", find)
 
 
 def trained(name: str, folder: Path) -> tuple[LlamaForCausalLM, Any]:

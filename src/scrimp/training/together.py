@@ -118,6 +118,11 @@ def check(name: str, recipe: Recipe) -> None:
                 f"{name}: {what} {found[what]} does not go together with other runs; "
                 f"choose {can.lower() or 'none'}, or train it alone"
             )
+    if recipe.checkpoint.keep == 1:
+        raise ScrimpError(
+            f"{name}: with checkpoint.keep 1 a process killed between two runs' saves would leave no round "
+            "that all go on from; keep 2 or more"
+        )
 
 
 def execute(
