@@ -4,7 +4,7 @@ An adapter's folder is peft's, with a tokenizer and one file of ours, `scrimp.js
 of its configuration and a fingerprint of its weights, so that an adapter is not laid over a model that it was
 not trained on. Where the base was kept in codes (`weights: nf4`), the file says which, and an adapter is laid
 over what they decode to: the model it was trained on. Folders of peft's alone are taken as they are, and a
-compressed adapter (`scrimp.tuning.compeft`) through what it decompresses to.
+compressed adapter (`scrimp.tuning.merging.compeft`) through what it decompresses to.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def readable(folder: Path) -> Iterator[Path]:
     if (folder / TENSORS).is_file() or not (folder / COMPRESSED).is_file():
         yield folder
         return
-    from scrimp.tuning.compeft import decompress_adapter
+    from scrimp.tuning.merging.compeft import decompress_adapter
 
     with tempfile.TemporaryDirectory() as passing:
         plain = Path(passing) / folder.name

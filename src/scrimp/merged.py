@@ -13,20 +13,20 @@ import torch
 from scrimp import adapted, data, models
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.compeft import Compressed, compress_adapter
-from scrimp.tuning.merging import merge_adapters, merged_changes
+from scrimp.tuning.merging.compeft import Compressed, compress_adapter
+from scrimp.tuning.merging.merging import merge_adapters, merged_changes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from scrimp.tuning.task_vectors import How
+    from scrimp.tuning.merging.task_vectors import How
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How several adapters become one; see `scrimp.tuning.task_vectors`.
+    """How several adapters become one; see `scrimp.tuning.merging.task_vectors`.
 
     Attributes:
         how: The operation.

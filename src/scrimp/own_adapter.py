@@ -18,8 +18,8 @@ import torch
 from scrimp.base.errors import ScrimpError
 from scrimp.methods import piece
 from scrimp.tuning import adapter_files
-from scrimp.tuning.attached import CHILD
 from scrimp.tuning.deltas.delta import AdaptedLinear
+from scrimp.tuning.modules.attached import CHILD
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -56,8 +56,9 @@ def test_a_chat_file_becomes_an_adapter_that_peft_reads_and_merge_folds_in(
     assert cli("merge", "run", "--out", "merged").code == 0
     merged = AutoModelForCausalLM.from_pretrained(here / "merged")
     torch.testing.assert_close(_logits(merged), _logits(adapted), rtol=1e-4, atol=1e-5)
-    said = [cli("eval", name, "--data", "chat.jsonl", "--seq", "64", "--json") for name in ("run", "merged")]
-    assert said[0].document["loss"] == pytest.approx(said[1].document["loss"], rel=1e-5), said[0].err
+    by = ("--data", "chat.jsonl", "--seq", "64", "--json")
+    before, after = (cli("eval", name, *by).document["eval_loss"] for name in ("run/adapter", "merged"))
+    assert before == pytest.approx(after, rel=1e-5)
 
 
 def test_an_adapter_can_be_trained_over_another_one(
@@ -81,7 +82,7 @@ def test_an_adapter_can_be_trained_over_another_one(
         ("--tune full --merge", "trains the model itself"),
         ("--tune full --weights nf4", "never train"),
         ("--tune lora --model.init scratch", "starts from random weights"),
-        ("--tune lora-plus --optimizer.fused-backward", "leave --optimizer.fused-backward out"),
+        ("--tune lora-plus --optimizer.fused-backward --clip 0", "leave --optimizer.fused-backward out"),
     ],
 )
 def test_what_could_not_be_done_afterwards_is_refused_before(

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from scrimp import adapted
 from scrimp.tuning.adapter_files import TENSORS, write_lora
-from scrimp.tuning.compeft import COMPRESSED, decompress_adapter
 from scrimp.tuning.deltas.delta import Factors
-from scrimp.tuning.merging import merged_changes
+from scrimp.tuning.merging.compeft import COMPRESSED, decompress_adapter
+from scrimp.tuning.merging.merging import merged_changes
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ASKS)
 Cli = Callable[..., Any]

@@ -21,6 +21,7 @@ from scrimp.optim.kernels import cpu
 from scrimp.optim.pieces import Composition, Entries, Reset, Rule, Store, Target
 from scrimp.optim.plan import Plan
 from scrimp.optim.rules.adam import Adam
+from scrimp.optim.rules.adam_mini import AdamMini
 from scrimp.optim.rules.lion import Lion
 from scrimp.optim.rules.sgd import SGD
 from scrimp.optim.stores.dynamic8 import Dynamic8
@@ -172,6 +173,24 @@ def test_a_non_finite_gradient_changes_no_bit_where_moments_are_codes(
     assert same(state, kept)
 
 
+@pytest.mark.parametrize("shape", [(67, 770), (5000,), (3, 20, 30)])
+def test_a_block_s_second_moment_is_the_eager_one(shape: tuple[int, ...]) -> None:
+    """Squares are summed in another order; a gradient that is not finite changes nothing."""
+    updater, plan = Updater(0, compiles=False), planned(AdamMini(), shape, store=Full())
+    p, q, state, expected = parameter(shape), parameter(shape), begun(plan), begun(plan)
+    for grad in gradients(shape, 4, dtype=torch.float32):
+        fused(p, grad, plan, state, DECAYS)
+        with torch.no_grad():
+            updater.update(q, grad, plan, expected, DECAYS, None)
+        expected["step"] += 1
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-7)
+    before = copy.deepcopy((p.detach(), state["exp_avg"], state["exp_avg_sq"]))
+    grad.view(-1)[-1] = float("nan")
+    fused(p, grad, plan, state, DECAYS)
+    assert all(map(torch.equal, before, (p.detach(), state["exp_avg"], state["exp_avg_sq"])))
+
+
 def test_gradients_that_lie_otherwise_are_read_in_order() -> None:
     plan, p, q = planned(Adam(), (64, 96)), parameter((64, 96)), parameter((64, 96))
     (grad,) = gradients((64, 96), 1, dtype=torch.float32)
@@ -208,5 +227,6 @@ def test_what_the_kernel_does_not_compute_is_left_to_others() -> None:
         planned(Adam(), (24, 16), store=Dynamic8(block_size=128)),
         planned(Adam(), (24, 16), store=Full(torch.float64)),
         planned(SGD(momentum=0), (24, 16), store=Full()),
+        planned(AdamMini(), (24, 16)),
     ]
     assert not any(is_fused(plan.composition, p) for plan in others)

@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import AdaptedLinear
 from scrimp.tuning.deltas.low_rank import LowRank, LowRankCore
+from scrimp.tuning.deltas.tuning import DeltaTuning
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 

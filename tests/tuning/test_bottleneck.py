@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.attached import AttachedTuning
-from scrimp.tuning.bottleneck import (
+from scrimp.tuning.modules.attached import AttachedTuning
+from scrimp.tuning.modules.bottleneck import (
     Bottleneck,
     Coupling,
     InvertibleAdapter,

@@ -9,7 +9,7 @@ import torch
 from tests.tuning.small_adapted import begin, llama, logits, loss_of, tokens, train
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.dept import DecomposedPrompt, DePT
+from scrimp.tuning.modules.dept import DecomposedPrompt, DePT
 
 
 def dept(**more: Any) -> tuple[Any, DecomposedPrompt]:

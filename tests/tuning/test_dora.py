@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from scrimp.tuning.dora import FactoredMagnitude, factor_norms, norms_of
+from scrimp.tuning.from_peft.dora import FactoredMagnitude, factor_norms, norms_of
 from scrimp.weights.affine8 import Affine8
 from scrimp.weights.int8_weight import Int8Weight
 

@@ -11,10 +11,10 @@ from tests.tuning.small import PEFT_ASKS, llama, loss_of, tokens, train
 from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.growing import ADVANCE, RankOnes, Triangular
-from scrimp.tuning.growing_tuning import IncreLora, TriAdaptLora
-from scrimp.tuning.rank_growth import (
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.low_rank.growing import IncreLora, TriAdaptLora
+from scrimp.tuning.low_rank.rank_growth import (
     Orthogonality,
     ScoredGrowth,
     ThresholdGrowth,
@@ -113,7 +113,7 @@ def test_sensitivity_in_tiles_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     tune.select(model)
     deltas = [with_coefficients(delta) for delta in tune.deltas.values() if isinstance(delta, RankOnes)]
     whole = sensitivities(deltas, lambda: loss_of(model, 1))
-    monkeypatch.setattr("scrimp.tuning.rank_growth._TILE", 30)
+    monkeypatch.setattr("scrimp.tuning.low_rank.rank_growth._TILE", 30)
     tiled = sensitivities(deltas, lambda: loss_of(model, 1))
     assert torch.allclose(torch.stack(whole), torch.stack(tiled), rtol=1e-5)
 

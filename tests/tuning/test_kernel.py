@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.deltas.kernel import Kernelised, threshold
-from scrimp.tuning.kernel_tuning import Snell
+from scrimp.tuning.sparse.kernel import Snell
 
 
 def delta(**options: object) -> Kernelised:

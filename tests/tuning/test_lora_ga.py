@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.gradient_statistics import each_gradient
-from scrimp.tuning.lora_ga import Direction, LoraGA, LoraOne, picked
+from scrimp.tuning.low_rank.gradient_statistics import each_gradient
+from scrimp.tuning.low_rank.lora_ga import Direction, LoraGA, LoraOne, picked
 
 
 def _dense_gradients(model: nn.Module, *seeds: int) -> dict[str, Tensor]:

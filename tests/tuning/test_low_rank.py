@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.low_rank import CoreStart, LowRank, LowRankCore, Start, lora_start
-from scrimp.tuning.gradient_statistics import each_gradient
-from scrimp.tuning.lamda import LaMDA, LaMDAPlusPlus, spectral_ranks
-from scrimp.tuning.lora_ga import LoraGA, LoraOne
-from scrimp.tuning.low_rank_tuning import LoraSB, LoraXS, SVFit
-from scrimp.tuning.spectra import leading_triplets
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.low_rank.cores import LoraSB, LoraXS, SVFit
+from scrimp.tuning.low_rank.gradient_statistics import each_gradient
+from scrimp.tuning.low_rank.lamda import LaMDA, LaMDAPlusPlus, spectral_ranks
+from scrimp.tuning.low_rank.lora_ga import LoraGA, LoraOne
+from scrimp.tuning.low_rank.spectra import leading_triplets
 from scrimp.tuning.targets import Place
 
 EPS = torch.finfo(torch.float32).eps

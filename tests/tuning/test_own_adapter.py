@@ -16,12 +16,12 @@ from transformers import LlamaForCausalLM
 from scrimp import own_adapter
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning import adapter_files
-from scrimp.tuning.bottleneck import InvertibleAdapter, ParallelAdapter, SeriesAdapter
-from scrimp.tuning.dept import DePT
-from scrimp.tuning.kernel_tuning import Snell
+from scrimp.tuning.low_rank.routed import FlyLora
+from scrimp.tuning.modules.bottleneck import InvertibleAdapter, ParallelAdapter, SeriesAdapter
+from scrimp.tuning.modules.dept import DePT
+from scrimp.tuning.modules.scaling import SSF, DiffFit
 from scrimp.tuning.quantised_tuning import PEQA
-from scrimp.tuning.routed_tuning import FlyLora
-from scrimp.tuning.scaling import SSF, DiffFit
+from scrimp.tuning.sparse.kernel import Snell
 
 BUILDERS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "ssf": (SSF, {"std": 0.1, "targets": ("q_proj", "down_proj")}),

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.optim import SGDM, AdamW
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.low_rank import LowRank, lora_start
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.full import Full
-from scrimp.tuning.pair_algebra import gram_a, gram_b, inverse, lora_pro, spectrum, sylvester
-from scrimp.tuning.pair_methods import AltLora, LoraFA, LoraPlus, LoraPro, Riemannian
-from scrimp.tuning.pair_transforms import Alternating, Equivalent, EquivalentAdam, Preconditioned, RateRatio
-from scrimp.tuning.pairs import Paired, PairTransform, find_pairs
+from scrimp.tuning.pairs.algebra import gram_a, gram_b, inverse, lora_pro, spectrum, sylvester
+from scrimp.tuning.pairs.methods import AltLora, LoraFA, LoraPlus, LoraPro, Riemannian
+from scrimp.tuning.pairs.pairs import Paired, PairTransform, find_pairs
+from scrimp.tuning.pairs.transforms import Alternating, Equivalent, EquivalentAdam, Preconditioned, RateRatio
 from scrimp.tuning.targets import Place
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ASKS)

@@ -16,9 +16,9 @@ from scrimp.assembly import load_function
 from scrimp.base.errors import ScrimpError
 from scrimp.methods.adapters import ADAPTERS
 from scrimp.methods.peft_adapters import PEFT_ENTRIES
-from scrimp.tuning.adalora import AdaLoRA
-from scrimp.tuning.peft_lora import LoRA, PiSSA
-from scrimp.tuning.peft_tuning import PeftTuning
+from scrimp.tuning.from_peft.adalora import AdaLoRA
+from scrimp.tuning.from_peft.lora import LoRA, PiSSA
+from scrimp.tuning.from_peft.tuning import PeftTuning
 
 SMALL: dict[str, dict[str, Any]] = {
     "vera": {"rank": 8},

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.pooled import Sharded, Tied, Tiled
-from scrimp.tuning.pooled_tuning import BlockLora, MoS, S2Lora
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.low_rank.pooled import BlockLora, MoS, S2Lora
 
 NAMES = {
     "mos": lambda: MoS(rank=4, equivalent_rank=2, private_rank=0, shards=2),

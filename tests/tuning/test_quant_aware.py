@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas import sparse
 from scrimp.tuning.deltas.delta import AdaptedLinear
 from scrimp.tuning.deltas.low_rank import Start, lora_start
 from scrimp.tuning.deltas.quant_aware import QuantAware
 from scrimp.tuning.deltas.quantised import OnGrid, TrainedScales, grouped, round_to_nearest, spread
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.quantised_tuning import L4Q, PEQA
 
 IN, OUT, GROUP, RANK = 40, 24, 16, 3  # the last group of a row is of 8

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.deltas.routed import RoutedRanks, sparse_projection
-from scrimp.tuning.routed_tuning import FlyLora
+from scrimp.tuning.low_rank.routed import FlyLora
 
 
 def delta(*, rank: int = 8, active: int = 2, variant: str = "paper", entries: int = 3) -> RoutedRanks:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, OPTConfig, OPTForCausalLM
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.scaling import SSF, DiffFit, ScaleShift
+from scrimp.tuning.modules.scaling import SSF, DiffFit, ScaleShift
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from scrimp.base.errors import ScrimpError
 from scrimp.optim.named import SGDM, AdamW
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import AdaptedLinear
 from scrimp.tuning.deltas.sparse import Sparse
-from scrimp.tuning.sparse_masks import largest
-from scrimp.tuning.sparse_selection import Reselected, Reselection, sm3_direction
-from scrimp.tuning.sparse_tuning import SFT, NeuroAda, Shira
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.sparse.masks import largest
+from scrimp.tuning.sparse.methods import SFT, NeuroAda, Shira
+from scrimp.tuning.sparse.selection import Reselected, Reselection, sm3_direction
 from scrimp.weights.affine8 import Affine8
 from scrimp.weights.int8_weight import Int8Weight
 

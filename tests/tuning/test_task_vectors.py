@@ -16,11 +16,17 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning import pcb
 from scrimp.tuning.adapter_files import CONFIG, TENSORS
-from scrimp.tuning.compeft import COMPRESSED, compress, compress_adapter, decompress, decompress_adapter
-from scrimp.tuning.merging import merge_adapters, merged_changes
-from scrimp.tuning.task_vectors import DENSITY, How, Operation, merge
+from scrimp.tuning.merging import pcb
+from scrimp.tuning.merging.compeft import (
+    COMPRESSED,
+    compress,
+    compress_adapter,
+    decompress,
+    decompress_adapter,
+)
+from scrimp.tuning.merging.merging import merge_adapters, merged_changes
+from scrimp.tuning.merging.task_vectors import DENSITY, How, Operation, merge
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ASKS)
 RANKS = {"first": 2, "second": 3}

@@ -9,7 +9,8 @@ from scrimp.methods.adapter_entry import FACTORS, FEW, LOW_RANK, Entry
 _LORA: dict[str, Any] = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ("all-linear",)}
 _MOVED = {**_LORA, "alpha": 16}  # what begins large needs no larger scale
 
-_L, _P = "scrimp.tuning.peft_lora", "scrimp.tuning.peft_methods"
+_L, _P = "scrimp.tuning.from_peft.lora", "scrimp.tuning.from_peft.others"
+_A = "scrimp.tuning.from_peft.adalora"
 PEFT_ENTRIES: tuple[Entry, ...] = (
     Entry(
         "lora", f"{_L}:LoRA", "two factors a matrix, whose product is added", LOW_RANK, _LORA,
@@ -41,7 +42,7 @@ PEFT_ENTRIES: tuple[Entry, ...] = (
         {**_MOVED, "passes": 4}, FACTORS, "Yang et al., NeurIPS 2024, arXiv 2406.05223; peft",
     ),
     Entry(
-        "adalora", "scrimp.tuning.adalora:AdaLoRA", "LoRA whose rank moves to where it counts", LOW_RANK,
+        "adalora", f"{_A}:AdaLoRA", "LoRA whose rank moves to where it counts", LOW_RANK,
         {**_LORA, "rank": 8}, "24 r (m + n + 1) a matrix: half as much rank again at the start",
         "Zhang et al., ICLR 2023, arXiv 2303.10512; peft",
     ),

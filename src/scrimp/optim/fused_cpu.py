@@ -1,4 +1,4 @@
-"""AdamW, Lion and SGD with momentum in one pass on a CPU, and Adam in a subspace in one call.
+"""AdamW, Adam-mini, Lion and SGD with momentum in one pass on a CPU, and Adam in a subspace in one call.
 
 What the kernel of `kernels.cpu` touches it touches once. Compiled arithmetic of full precision does as well
 on a large parameter, but every call takes it a tenth of a millisecond; and it cannot keep codes in the
@@ -28,18 +28,26 @@ from scrimp.optim.projectors.dct import Cosine
 from scrimp.optim.projectors.random import Random
 from scrimp.optim.projectors.svd import SingularVectors
 from scrimp.optim.rules.adam import Adam
+from scrimp.optim.rules.adam_mini import AdamMini
 from scrimp.optim.rules.lion import Lion
 from scrimp.optim.rules.sgd import SGD
 from scrimp.optim.stores.dynamic8 import Dynamic8
 from scrimp.optim.stores.full import Full
 
 _EVERY = ("rewarm", "lr", "weight_decay", "size")
+_ADAM = itemgetter(*_EVERY, "beta1", "beta2", "eps", "inv_c1", "inv_root_c2")
 _NUMBERS: dict[type, Any] = {  # in the order of the kernel
-    Adam: itemgetter(*_EVERY, "beta1", "beta2", "eps", "inv_c1", "inv_root_c2"),
+    Adam: _ADAM,
+    AdamMini: _ADAM,
     Lion: itemgetter(*_EVERY, "beta1", "beta2"),
     SGD: itemgetter(*_EVERY, "momentum", "intake"),
 }
-_MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), Lion: ("exp_avg",), SGD: ("momentum_buffer",)}
+_MOMENTS: dict[type, tuple[str, ...]] = {
+    Adam: ("exp_avg", "exp_avg_sq"),
+    AdamMini: ("exp_avg", "exp_avg_sq"),
+    Lion: ("exp_avg",),
+    SGD: ("momentum_buffer",),
+}
 
 
 def is_fused(composition: Composition, p: Tensor) -> bool:
@@ -50,6 +58,7 @@ def is_fused(composition: Composition, p: Tensor) -> bool:
         known
         and composition.conditioner is None
         and not (isinstance(rule, SGD) and rule.momentum == 0)
+        and not (isinstance(rule, AdamMini) and store != Full())
         and (store == Full() or (type(store) is Dynamic8 and store == Dynamic8(min_size=store.min_size)))
         and p.dtype == float32
         and p.device.type == "cpu"
@@ -91,6 +100,8 @@ def fused_cpu(
     weight, moments, values = p.detach(), _moments(rule, state), _NUMBERS[type(rule)](numbers)
     if isinstance(rule, Adam):
         cpu.adam(weight, grad, moments, values, whole=whole, hf=rule.convention == "hf")
+    elif isinstance(rule, AdamMini):
+        cpu.adam_mini(weight, grad, moments, values)
     elif isinstance(rule, SGD):
         cpu.sgd(weight, grad, moments, values, whole=whole, nesterov=rule.nesterov)
     else:

@@ -13,10 +13,10 @@ from torch import nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.low_rank import lora_start
 from scrimp.tuning.deltas.quant_aware import QuantAware
 from scrimp.tuning.deltas.quantised import TrainedScales
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.option_checks import check_positive
 from scrimp.tuning.targets import Place, check_rank, check_writable
 

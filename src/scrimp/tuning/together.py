@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from scrimp.tuning.peft_tuning import ADAPTER
+from scrimp.tuning.from_peft.tuning import ADAPTER
 
 Model = TypeVar("Model", bound=nn.Module)
 

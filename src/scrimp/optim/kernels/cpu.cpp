@@ -233,6 +233,44 @@ void sgd(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, bool
   run(weight, grad, moments, whole, numbers);
 }
 
+// ---- blocks with one second moment -------------------------------------------------------------------
+
+// Adam-mini: a second moment is one number for a block of consecutive elements, the mean of their squares.
+void adam_mini(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, Numbers numbers) {
+  const auto g = grad.to(at::kFloat).contiguous();
+  const int64_t blocks = moments[1].numel(), length = weight.numel() / blocks;
+  TORCH_CHECK(weight.is_contiguous() && moments[0].is_contiguous(), "the weights do not lie in order");
+  TORCH_CHECK(blocks * length == weight.numel() && g.numel() == weight.numel() &&
+                  moments[0].numel() == weight.numel(),
+              "the moments do not belong to ", weight.numel(), " weights in ", blocks, " blocks");
+  const auto squares = squares_of(g.view({blocks, length}), false);
+  if (!(absmax(squares.data(), blocks) <= kLargest)) return;  // NaN, too
+  const Adam<false> rule(numbers);
+  auto* weights = weight.mutable_data_ptr<float>();
+  auto* firsts = moments[0].mutable_data_ptr<float>();
+  auto* seconds = moments[1].mutable_data_ptr<float>();
+  const auto* grads = g.const_data_ptr<float>();
+  at::parallel_for(0, blocks, at_once(length), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      float& v = seconds[block];
+      v = rule.beta2 * v + rule.rest2 * (squares[block] / static_cast<float>(length));
+      const float bottom = std::sqrt(v) * rule.inv_root_c2 + rule.eps;
+      for (int64_t first = block * length; first < (block + 1) * length; first += kBlock) {
+        float* __restrict w = weights + first;
+        float* __restrict m = firsts + first;
+        const float* __restrict x = grads + first;
+        const int64_t count = std::min(kBlock, (block + 1) * length - first);
+        fetch_next(w), fetch_next(m), fetch_next(x);
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+          m[i] = rule.beta1 * m[i] + rule.rest1 * x[i];
+          w[i] = w[i] - rule.decay * w[i] - rule.size * ((m[i] * rule.inv_c1) / bottom);
+        }
+      }
+    }
+  });
+}
+
 // ---- in a subspace -----------------------------------------------------------------------------------
 
 // Updates all but what is to be projected back and subtracted, and returns that. `of_g` and `of_r` are the
@@ -294,6 +332,7 @@ TORCH_LIBRARY(scrimp_cpu, m) {
   m.def(
       "adam(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool hf) "
       "-> ()");
+  m.def("adam_mini(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, float[] numbers) -> ()");
   m.def("lion(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers) -> ()");
   m.def(
       "sgd(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool nesterov) "
@@ -311,6 +350,7 @@ TORCH_LIBRARY_IMPL(scrimp_cpu, CPU, m) {
   m.impl("encode", scrimp::encode);
   m.impl("decode", scrimp::decode);
   m.impl("adam", scrimp::adam);
+  m.impl("adam_mini", scrimp::adam_mini);
   m.impl("lion", scrimp::lion);
   m.impl("sgd", scrimp::sgd);
   m.impl("adam_projected", scrimp::adam_projected);

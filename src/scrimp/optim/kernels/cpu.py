@@ -24,7 +24,7 @@ DECADES = 7
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _ONE = 0x3F800000  # 1.0
 _BINADES = 24  # from 1 down to below the smallest threshold
-_IN_PLACE = ("adam", "lion", "sgd", "draw")
+_IN_PLACE = ("adam", "adam_mini", "lion", "sgd", "draw")
 
 
 @functools.cache
@@ -95,6 +95,15 @@ def adam(
         hf: Whether the convention is the Hugging Face one.
     """
     torch.ops.scrimp_cpu.adam.default(weight, grad, moments, whole, numbers, hf)
+
+
+def adam_mini(weight: Tensor, grad: Tensor, moments: list[Tensor], numbers: Sequence[float]) -> None:
+    """Update by `scrimp.optim.rules.adam_mini`; else as `adam`.
+
+    A gradient that is not finite changes nothing. The second moment, (blocks, 1), is one number for as many
+    consecutive weights as come to each.
+    """
+    torch.ops.scrimp_cpu.adam_mini.default(weight, grad, moments, numbers)
 
 
 def lion(

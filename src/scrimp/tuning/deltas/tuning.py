@@ -1,7 +1,7 @@
 """Adapters of our own: every target becomes a frozen layer with a delta, and only the deltas train.
 
-peft's adapters are peft's (`peft_tuning`). What peft lacks is a `Delta` for each target, made all at once
-since some share parameters, and perhaps `Event`s that change what trains over time (`tuning.deltas`). Changes
+peft's adapters are peft's (`from_peft`). What peft lacks is a `Delta` for each target, made all at once
+since some share parameters, and perhaps `Event`s that change what trains over time. Changes
 of low rank are saved as a plain LoRA, sparse ones as peft's SHiRA, so that others need nothing of ours.
 """
 

@@ -8,10 +8,10 @@ from typing import get_args
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.kernel import Kernelised, Variant
 from scrimp.tuning.deltas.parts import draw_uniform
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.adapter_files import CONFIG, TENSORS
-from scrimp.tuning.adapter_reading import IDENTITY, Adapter, new_folder, read_adapter, read_tensors
+from scrimp.tuning.merging.reading import IDENTITY, Adapter, new_folder, read_adapter, read_tensors
 
 COMPRESSED = "adapter_compeft.safetensors"
 _FORMAT = 1

@@ -12,9 +12,9 @@ from typing import Literal
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Adapter
-from scrimp.tuning.pair_transforms import Alternating, Equivalent, EquivalentAdam, Preconditioned, RateRatio
-from scrimp.tuning.pairs import Paired, PairTransform
-from scrimp.tuning.peft_lora import LoRA
+from scrimp.tuning.from_peft.lora import LoRA
+from scrimp.tuning.pairs.pairs import Paired, PairTransform
+from scrimp.tuning.pairs.transforms import Alternating, Equivalent, EquivalentAdam, Preconditioned, RateRatio
 from scrimp.tuning.targets import ALL_LINEAR
 
 Targets = tuple[str, ...]

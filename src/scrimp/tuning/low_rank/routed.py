@@ -7,9 +7,9 @@ from typing import get_args
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.routed import Balance, RoutedRanks, Variant, sparse_projection
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 

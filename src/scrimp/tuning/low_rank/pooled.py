@@ -17,10 +17,10 @@ from torch import Tensor
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Probe
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.parts import CPU, draw_normal, draw_subset, draw_uniform
 from scrimp.tuning.deltas.pooled import FactorPair, Sharded, ShardPool, Tied, Tiled
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 _STD = 0.02  # S2-LoRA's, as AdaLoRA's

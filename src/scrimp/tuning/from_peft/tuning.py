@@ -1,6 +1,6 @@
 """Adapters of peft, as peft builds them: injected into the model, trained by our loop, saved in peft's form.
 
-A method is a configuration (`peft_methods`). What is done around it here:
+A method is a configuration (`lora`, `others`). What is done around it here:
 
 - Nonsense is refused before peft sees it: targets that match nothing, a rank above the smaller side.
 - Draws come from the recipe's seed.

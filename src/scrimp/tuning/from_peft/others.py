@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from scrimp.tuning.peft_tuning import TASK, PeftTuning, check_numbers
+from scrimp.tuning.from_peft.tuning import TASK, PeftTuning, check_numbers
 from scrimp.tuning.targets import ALL_LINEAR
 
 Targets = tuple[str, ...]

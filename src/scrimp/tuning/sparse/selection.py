@@ -43,7 +43,7 @@ from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Probe
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.sparse import Sparse, gathered_gradient, tiles_of
-from scrimp.tuning.sparse_masks import largest
+from scrimp.tuning.sparse.masks import largest
 
 ACCUMULATED = ("pending", "sums", "squares")
 SM3_EPS = 1e-8

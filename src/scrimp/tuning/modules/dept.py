@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.attached import (
+from scrimp.tuning.deltas.parts import draw_subset, draw_uniform
+from scrimp.tuning.modules.attached import (
     Arguments,
     AttachedTuning,
     Part,
@@ -28,7 +29,6 @@ from scrimp.tuning.attached import (
     embedded,
     replace_first,
 )
-from scrimp.tuning.deltas.parts import draw_subset, draw_uniform
 from scrimp.tuning.option_checks import check_positive
 
 

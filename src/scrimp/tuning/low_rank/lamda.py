@@ -27,13 +27,13 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Probe
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import Delta, dense
 from scrimp.tuning.deltas.low_rank import CoreStart, LowRankCore
+from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.layers import wake
-from scrimp.tuning.low_rank_tuning import decomposed
+from scrimp.tuning.low_rank.cores import decomposed
+from scrimp.tuning.low_rank.spectra import Triplets
 from scrimp.tuning.option_checks import check_positive
-from scrimp.tuning.spectra import Triplets
 from scrimp.tuning.targets import Place, check_rank
 
 

@@ -19,8 +19,8 @@ from torch.func import functional_call
 from scrimp.base.decoder_layers import decoder_layers
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.attached import CHILD, AttachedTuning, Part, replace_first
 from scrimp.tuning.deltas.parts import draw_normal
+from scrimp.tuning.modules.attached import CHILD, AttachedTuning, Part, replace_first
 from scrimp.tuning.targets import ALL_LINEAR, find_targets
 
 

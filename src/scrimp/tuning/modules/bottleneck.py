@@ -19,7 +19,8 @@ from torch.nn import functional
 from scrimp.base.decoder_layers import decoder_layers
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.attached import (
+from scrimp.tuning.deltas.parts import draw_uniform
+from scrimp.tuning.modules.attached import (
     Arguments,
     AttachedTuning,
     Part,
@@ -27,7 +28,6 @@ from scrimp.tuning.attached import (
     embedded,
     replace_first,
 )
-from scrimp.tuning.deltas.parts import draw_uniform
 from scrimp.tuning.option_checks import check_choice, check_positive
 
 SubLayers = Literal["mlp", "attention", "both"]

@@ -1,6 +1,6 @@
 """Methods that train some entries of the weights themselves: NeuroAda, SHiRA and scalable sparse fine-tuning.
 
-They differ in which entries train (`sparse_masks`), and whether that changes (`sparse_selection`); what
+They differ in which entries train (`masks`), and whether that changes (`selection`); what
 computes with them is one delta (`deltas.sparse`). All are saved as peft's Supertuning.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.delta_tuning import DeltaTuning, Event
 from scrimp.tuning.deltas.sparse import Sparse
-from scrimp.tuning.sparse_masks import (
+from scrimp.tuning.deltas.tuning import DeltaTuning, Event
+from scrimp.tuning.sparse.masks import (
     Choose,
     FromGradient,
     Scores,
@@ -23,7 +23,7 @@ from scrimp.tuning.sparse_masks import (
     magnitudes,
     random_scores,
 )
-from scrimp.tuning.sparse_selection import Reselected, Reselection
+from scrimp.tuning.sparse.selection import Reselected, Reselection
 from scrimp.tuning.targets import ALL_LINEAR, Place
 
 Count = Callable[[tuple[int, int]], int]
@@ -126,7 +126,7 @@ def SFT(
     targets: tuple[str, ...] = (ALL_LINEAR,),
     seed: int = 0,
 ) -> DeltaTuning:
-    """Train a changing sparse set of entries: see `sparse_selection` for the rules.
+    """Train a changing sparse set of entries: see `selection` for the rules.
 
     The released code takes `density` of the whole model's parameters, embeddings included, and copies each
     weight in the forward and again in the backward pass. The paper decays the values (that is, towards the

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.adapter_files import write_lora
-from scrimp.tuning.adapter_reading import IDENTITY, Adapter, factors_of, new_folder, read_adapter
 from scrimp.tuning.deltas.delta import Factors
-from scrimp.tuning.task_vectors import How, Operation, merge_each, shapes_of
+from scrimp.tuning.merging.reading import IDENTITY, Adapter, factors_of, new_folder, read_adapter
+from scrimp.tuning.merging.task_vectors import How, Operation, merge_each, shapes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def merge_adapters(
     Args:
         folders: Plain LoRA adapters in peft's form, of one base. Ranks and targets may differ.
         out: Where. It must not exist, or be empty.
-        how: See `scrimp.tuning.task_vectors`.
+        how: See `scrimp.tuning.merging.task_vectors`.
         weights: As in `Operation`.
         density: As in `Operation`.
         rank: Of the result; None is the sum of the adapters' ranks at a layer, at most its smaller side.

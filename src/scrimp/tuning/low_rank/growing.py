@@ -11,10 +11,10 @@ from typing import Literal
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.growing import RankOnes, Triangular
-from scrimp.tuning.rank_growth import Orthogonality, ScoredGrowth, ThresholdGrowth
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.low_rank.rank_growth import Orthogonality, ScoredGrowth, ThresholdGrowth
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.pair_algebra import (
+from scrimp.tuning.pairs.algebra import (
     Spectrum,
     at_once,
     gram_a,
@@ -30,7 +30,7 @@ from scrimp.tuning.pair_algebra import (
     spectrum,
     wide,
 )
-from scrimp.tuning.pairs import Awake, Pair, PairTransform
+from scrimp.tuning.pairs.pairs import Awake, Pair, PairTransform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

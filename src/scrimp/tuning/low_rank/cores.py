@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import dense
 from scrimp.tuning.deltas.low_rank import CoreShape, CoreStart, LowRankCore
 from scrimp.tuning.deltas.parts import draw_normal
-from scrimp.tuning.gradient_start import GradientStart
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.low_rank.gradient_start import GradientStart
+from scrimp.tuning.low_rank.spectra import Triplets, leading_triplets
 from scrimp.tuning.option_checks import check_choice, check_positive
-from scrimp.tuning.spectra import Triplets, leading_triplets
 from scrimp.tuning.targets import Place, check_rank
 
 # The authors' arithmetic run: learning rate 1e-4 over the warm-up's 2 % of 50,000 samples in batches of 32.

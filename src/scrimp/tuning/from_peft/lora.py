@@ -1,7 +1,7 @@
 """peft's LoRA and its kin by name, each a configuration with defaults that are known to work.
 
 All take `rank`, `alpha` (the scale is alpha / rank), `dropout` and `targets`. What each gives up stands in
-the catalogue; the other adapters of peft's are in `peft_methods`.
+the catalogue; the other adapters of peft's are in `others`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.base.protocols import Probe
-from scrimp.tuning.peft_tuning import ADAPTER, TASK, PeftTuning, check_numbers
+from scrimp.tuning.from_peft.tuning import ADAPTER, TASK, PeftTuning, check_numbers
 from scrimp.tuning.targets import ALL_LINEAR
 
 Targets = tuple[str, ...]
@@ -109,7 +109,7 @@ def DoRA(
     References:
         DoRA, Liu et al., ICML 2024, arXiv 2402.09353. Factored norms: arXiv 2603.22276.
     """
-    from scrimp.tuning.dora import factor_norms
+    from scrimp.tuning.from_peft.dora import factor_norms
 
     made = _lora("dora", rank, alpha, dropout, targets, seed, use_dora=True)
     made.finish = factor_norms

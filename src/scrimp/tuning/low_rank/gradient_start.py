@@ -13,7 +13,7 @@ from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Probe
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.low_rank import CoreStart, Start
-from scrimp.tuning.gradient_statistics import each_gradient
+from scrimp.tuning.low_rank.gradient_statistics import each_gradient
 
 
 @dataclass(frozen=True, slots=True)

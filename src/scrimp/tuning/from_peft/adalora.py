@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scrimp.tuning.peft_tuning import ADAPTER, TASK, PeftTuning, check_numbers
+from scrimp.tuning.from_peft.tuning import ADAPTER, TASK, PeftTuning, check_numbers
 from scrimp.tuning.targets import ALL_LINEAR
 
 Targets = tuple[str, ...]

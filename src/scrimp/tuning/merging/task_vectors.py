@@ -6,7 +6,7 @@
     dare       sum_i w_i drop(tau_i)          drop keeps an entry with probability `density` and divides by it
     ties       mean of w_i top(tau_i) over those of the elected sign, the sign of sum_i top(tau_i)
     dare-ties  the same with drop in place of top
-    pcb        see `scrimp.tuning.pcb`
+    pcb        see `scrimp.tuning.merging.pcb`
 
 Task vectors are changes dW of whole weights, never LoRA's factors: A and B are defined up to an invertible
 R (BR, R^-1 A), so entries of two adapters' factors do not correspond, and (B_1 + B_2)(A_1 + A_2) holds cross
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning import pcb
+from scrimp.tuning.merging import pcb
 
 How = Literal["linear", "magnitude", "dare", "ties", "dare-ties", "pcb"]
 DENSITY: dict[str, float] = {"magnitude": 0.2, "dare": 0.2, "ties": 0.2, "dare-ties": 0.2, "pcb": 0.1}
@@ -54,7 +54,7 @@ class Operation:
 
     References:
         Task arithmetic, Ilharco et al., ICLR 2023, arXiv 2212.04089. TIES, Yadav et al., NeurIPS 2023,
-        arXiv 2306.01708. DARE, Yu et al., ICML 2024, arXiv 2311.03099. PCB: see `scrimp.tuning.pcb`.
+        arXiv 2306.01708. DARE, Yu et al., ICML 2024, arXiv 2311.03099. PCB: see `scrimp.tuning.merging.pcb`.
     """
 
     how: How = "linear"

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.delta_tuning import DeltaTuning
 from scrimp.tuning.deltas.delta import dense
 from scrimp.tuning.deltas.low_rank import LowRank, Start, lora_start
 from scrimp.tuning.deltas.parts import draw_subset
-from scrimp.tuning.gradient_start import GradientStart
+from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.low_rank.gradient_start import GradientStart
+from scrimp.tuning.low_rank.spectra import Triplets, leading_triplets
 from scrimp.tuning.option_checks import check_choice, check_positive
-from scrimp.tuning.spectra import Triplets, leading_triplets
 from scrimp.tuning.targets import Place, check_rank
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]

@@ -1,6 +1,6 @@
 """Adapters around whole modules: a part changes what goes into a module, or what comes out of it.
 
-A `Delta` (`delta_tuning`) replaces a linear layer's product. What belongs to an MLP or to the whole decoder
+A `Delta` (`deltas`) replaces a linear layer's product. What belongs to an MLP or to the whole decoder
 has no weight to be a delta of: it is a `Part`, attached to the module by forward hooks and kept as its child
 `attached`, so that no path of the base model changes. Some of the model's own parameters may
 train with the parts, in the base's dtype and place.

@@ -1,0 +1,1 @@
+"""Adapters that peft has, as peft builds them."""

@@ -1,0 +1,1 @@
+"""Changes of low rank that peft lacks."""

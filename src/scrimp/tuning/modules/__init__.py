@@ -1,0 +1,1 @@
+"""Adapters beside and between the layers."""

@@ -1,0 +1,1 @@
+"""LoRA whose gradients are changed before the step."""
