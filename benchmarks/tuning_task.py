@@ -158,7 +158,9 @@ class Work:
     def score(self, side: Side) -> None:
         """Find a side's learning rate on a prefix, and train it on all tokens at that rate."""
         found = self._scored(side, self._do)
-        say(f"{side.model} {side.name}: {found}")
+        right = found.get(QUESTIONS, {}).get("accuracy")
+        told = found.get("why") if right is None else f"{right:.1%} right, lr {found['lr']}"
+        say(f"{side.model} {side.name}: {told}")
 
     def _scored(self, side: Side, do: Do) -> dict[str, Any]:
         """Return what a side's search and its run found, as far as `do` does them."""

@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "tuning_task.json"
 PICTURE = ROOT / "docs" / "assets" / "tuning-task.svg"
 COLOURS = {"cut": "#0072b2", "whole": "#8fb8d4"}
-UNTRAINED = "untrained"
 PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
     ("right answers, %", lambda row: None if row["score"] is None else 100 * row["score"]),
     ("peak memory, GiB", lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**30),
@@ -36,7 +35,8 @@ def draw(document: dict[str, Any]) -> bytes:
     """Return the picture of a result as an SVG, the same bytes for the same result and matplotlib."""
     rows = sorted(document["results"]["rows"], key=lambda row: (row["model"], -(row["score"] or 0)))
     rows.reverse()  # the lowest bar is drawn first
-    with mpl.rc_context(dict(STYLE)):
+    style: Any = dict(STYLE)
+    with mpl.rc_context(style):
         figure = Figure(figsize=(10, 1.2 + 0.19 * len(rows)), layout="constrained")
         panels = figure.subplots(1, len(PANELS), sharey=True, width_ratios=(3, 2, 2))
         for axes, (label, value) in zip(panels, PANELS, strict=True):

@@ -73,6 +73,16 @@ def test_an_adapter_can_be_trained_over_another_one(
     assert (here / "second" / "adapter").is_dir() and (here / "second" / "model").is_dir()
 
 
+def test_a_prompt_is_trained_before_the_text_and_runs_with_its_base(
+    cli: Cli, job: tuple[str, ...], here: Path
+) -> None:
+    outcome = cli("train", *job[:-2], "--tune", "prompt", "--out", "run")
+    assert outcome.code == 0, outcome.err
+    assert cli("eval", "run/adapter", "--data", "chat.jsonl", "--seq", "64").code == 0
+    outcome = cli("train", "--model", "run", *job[2:], "--tune", "lora", "--out", "over")
+    assert outcome.code == 2 and "train over its base" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

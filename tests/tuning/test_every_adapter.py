@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sft": {"density": 0.1, "every": 3, "accumulate": 1},
     "sft-ma": {"density": 0.1},
     "lamda": {"rank": 8, "pieces": 2},
-    "lamda++": {"rank": 8, "pieces": 2},
+    "lamda-plus": {"rank": 8, "pieces": 2},
     "peqa": {"group": 16},
     "l4q": {"group": 16},
 }

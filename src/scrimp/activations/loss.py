@@ -75,9 +75,13 @@ class TokenLoss:
         weighted by the micro-batch's share of the targets.
         """
         output = run(self.model, batch, self.autocast)
+        length = batch.labels.shape[1]  # a trained prompt's vectors come before, and have no labels
         # No reference to the logits may outlive this call: they are the largest tensor of a step.
         loss = F.cross_entropy(
-            output.logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            output.logits[:, -length:].flatten(0, 1).float(),
+            batch.labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
         balance = getattr(output, "aux_loss", None)
         if balance is not None:

@@ -66,7 +66,7 @@ OWN_ENTRIES: tuple[Entry, ...] = (
         "Azizi et al., Findings of EMNLP 2024, arXiv 2406.12832",
     ),
     Entry(
-        "lamda++", f"{_T}.low_rank.lamda:LaMDAPlusPlus", "LaMDA with ranks by W's spectra", LOW_RANK,
+        "lamda-plus", f"{_T}.low_rank.lamda:LaMDAPlusPlus", "LaMDA with ranks by W's spectra", LOW_RANK,
         {"rank": 32, **_EVERY}, "lamda's at most",
         "Azizi et al., Findings of EMNLP 2024, arXiv 2406.12832",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,8 @@ def sample(
     was_training = model.training
     model.eval()
     generate: Any = model.generate  # transformers leaves it untyped
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")  # peft's, of a prompt
         if not torch.isfinite(model(input_ids=given, use_cache=False).logits).all():
             model.train(was_training)
             raise ScrimpError("the model's logits are not finite: its training diverged, so it says nothing")
