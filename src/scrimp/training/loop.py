@@ -13,35 +13,33 @@ the run's seed and s, so a resumed run needs no generator's state.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scrimp.base.errors import Interrupted, ScrimpError
-from scrimp.base.protocols import Probe
 from scrimp.base.seeds import derive
-from scrimp.base.units import parse_bytes
 from scrimp.build import Job
 from scrimp.data.loader import MicroBatch
 from scrimp.optim.clipping import AtStep
 from scrimp.schedules import learning_rate
 from scrimp.training import checkpoint
-from scrimp.training.budget import over_budget
+from scrimp.training.environment import seed_device
 from scrimp.training.evaluate import evaluate, on_device
 from scrimp.training.folder import RunFolder
 from scrimp.training.loggers import Logger
 from scrimp.training.metrics import Metrics, MetricsFile
 from scrimp.training.optimizer_state import optimizer_numbers, optimizer_tensors
+from scrimp.training.probe import make_probe
 from scrimp.training.progress import Progress
-from scrimp.training.reporter import Reporter, Tick
+from scrimp.training.reporter import Reporter
 from scrimp.training.stopping import Stopper
+from scrimp.training.telling import Teller
 from scrimp.training.watch import Watch
 
 CHECKPOINT_SECONDS = 600.0  # the longest stretch of work that a crash may cost
@@ -90,6 +88,7 @@ class Loop:
         folder: Where checkpoints go; None writes none.
         metrics: Where metrics go; None writes none.
         loggers: Other takers of metrics.
+        teller: Tells all of them, once the loop has begun.
     """
 
     job: Job
@@ -100,14 +99,10 @@ class Loop:
     folder: RunFolder | None = None
     metrics: MetricsFile | None = None
     loggers: list[Logger] = field(default_factory=list)
+    teller: Teller = field(init=False)
     _pending: _Pending | None = None
-    _began: float = 0.0
     _saved: float = 0.0
     _mark: float = 0.0
-    _first: int = 0
-    _first_tokens: int = 0
-    _budget: int = 0
-    _over: str = ""
 
     def run(self, until: int) -> None:
         """Train until `until` optimizer steps are done.
@@ -128,7 +123,7 @@ class Loop:
                 self.save(scheduled=True)
             elif time.monotonic() - self._saved > CHECKPOINT_SECONDS:
                 self.save(scheduled=False)
-            if self._over and recipe.strict:
+            if self.teller.over and recipe.strict:
                 self._stop_over_budget()
             if self.stopper.requested is not None and not last:
                 self._stop(self.stopper.requested)
@@ -136,10 +131,10 @@ class Loop:
 
     def begin(self) -> None:
         """Start the clock, and put the model into training mode."""
-        self._began = self._saved = self._mark = time.monotonic()
-        self._first, self._first_tokens = self.progress.step, self.progress.tokens
-        assert self.job.recipe.memory is not None
-        self._budget = parse_bytes(self.job.recipe.memory)
+        self._saved = self._mark = time.monotonic()
+        self.teller = Teller.begin(
+            self.job, self.progress, self.watch, self.reporter, self.metrics, self.loggers
+        )
         self.job.model.train()
 
     def _train_step(self) -> None:
@@ -162,29 +157,12 @@ class Loop:
         """
         job, step = self.job, self.progress.step
         targets = sum(micro.targets for micro in batch)
-        lr = self._set_learning_rate(step)
+        lr = learning_rate(job.recipe, step)
+        for group in job.optimizer.param_groups:
+            group["lr"] = lr
         self.seed()
-        job.tune.before_step(step, job.optimizer, self._probe(batch))
+        job.tune.before_step(step, job.optimizer, make_probe(job, batch, step))
         return Opened(lr=lr, targets=targets)
-
-    def _probe(self, batch: Sequence[MicroBatch]) -> Probe:
-        """Return what runs the model on some training tokens.
-
-        Before the first step each call takes another micro-batch, in their order, for what an adapter starts
-        from; later all take the step's first one.
-        """
-        found = itertools.repeat(batch[0]) if self.progress.step else self._from_here(batch)
-
-        def probe() -> Tensor:
-            micro = next(found)
-            return self.job.loss(micro, divisor=max(1, micro.targets))
-
-        return probe
-
-    def _from_here(self, batch: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        yield from batch
-        for step in itertools.count(self.progress.step + 1):
-            yield from (on_device(micro, self.job.device) for micro in self.job.loader.step(step))
 
     def update(self, loss: Tensor) -> Tensor:
         """Clip the gradients, update with them and drop them; return their global norm."""
@@ -212,21 +190,7 @@ class Loop:
 
     def seed(self) -> None:
         """Seed what the next step may draw from."""
-        self._seed(derive(self.job.recipe.seed, "step", self.progress.step))
-
-    def _seed(self, seed: int) -> None:
-        """Seed what a step may draw from (`torch.manual_seed` takes 400 microseconds for all devices)."""
-        torch.default_generator.manual_seed(seed)
-        if self.job.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif self.job.device.type == "mps":
-            torch.mps.manual_seed(seed)
-
-    def _set_learning_rate(self, step: int) -> float:
-        lr = learning_rate(self.job.recipe, step)
-        for group in self.job.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        seed_device(self.job.device, derive(self.job.recipe.seed, "step", self.progress.step))
 
     def _read_pending(self) -> None:
         """Read the step before from the device, and tell everybody about it."""
@@ -246,46 +210,11 @@ class Loop:
             predicted_bytes=self.job.ledger.peak.total,
         )
         self.progress.last, self._mark = last, now
-        self._write("train", last)
+        self.teller.write("train", last)
         # A finite loss may have a gradient that is not, which no checkpoint may hold either.
         if not math.isfinite(loss + norm) and self.job.recipe.nonfinite == "stop":
             raise ScrimpError(self._not_finite(last))
-        self._report(last)
-
-    def _write(self, kind: Any, last: Metrics, extra: dict[str, float] | None = None) -> None:
-        if self.metrics is not None:
-            self.metrics.write(kind, last, extra)
-        values = extra or {
-            "loss": last.loss,
-            "lr": last.lr,
-            "grad_norm": last.grad_norm,
-            "peak_bytes": last.peak_bytes,
-        }
-        for logger in self.loggers:
-            logger.log(last.step, values)
-
-    def _report(self, last: Metrics) -> None:
-        recipe = self.job.recipe
-        assert recipe.steps is not None
-        spent = time.monotonic() - self._began
-        self.reporter.tick(
-            Tick(
-                step=last.step,
-                steps=recipe.steps,
-                loss=last.loss,
-                tokens_per_s=(last.tokens - self._first_tokens) / spent,
-                peak_bytes=last.peak_bytes,
-                predicted_bytes=last.predicted_bytes,
-                budget_bytes=self._budget,
-                left_s=spent / (last.step - self._first) * (recipe.steps - last.step),
-            )
-        )
-        if last.peak_bytes > self._budget and not self._over:
-            self._over = "memory: " + over_budget(
-                last.peak_bytes, self._budget, predicted=self.job.ledger, measured=self.watch.ledger
-            )
-            if not recipe.strict:
-                self.reporter.note(f"{self._over}; a smaller --micro-batch or --seq needs less")
+        self.teller.report(last)
 
     def _not_finite(self, last: Metrics) -> str:
         found = None if self.folder is None else checkpoint.find_usable(self.folder.checkpoints).path
@@ -298,15 +227,12 @@ class Loop:
 
     def evaluate_when_due(self) -> None:
         """Evaluate at every step that the recipe says, and at the last."""
-        every = self.job.recipe.evaluation.every
+        job, step = self.job, self.progress.step
+        held_out, every = job.prepared.corpus.held_out, job.recipe.evaluation.every
         assert every is not None
-        if self.progress.step == self.job.recipe.steps or self.progress.step % every == 0:
-            self._evaluate()
-
-    def _evaluate(self) -> None:
+        if step != job.recipe.steps and step % every:
+            return
         self._read_pending()
-        job = self.job
-        held_out = job.prepared.corpus.held_out
         if self.metrics is None or not held_out.documents:
             return
         self.reporter.phase("evaluating", None)
@@ -320,7 +246,7 @@ class Loop:
         )
         self.progress.evaluated_step, self._mark = self.progress.step, time.monotonic()
         assert self.progress.last is not None
-        self._write("eval", self.progress.last, asdict(self.progress.evaluation))
+        self.teller.write("eval", self.progress.last, asdict(self.progress.evaluation))
 
     def save(self, *, scheduled: bool) -> Path | None:
         """Save a checkpoint; only a scheduled one has its line: the clock leaves no trace in the metrics."""
@@ -359,13 +285,12 @@ class Loop:
     def _stop_over_budget(self) -> None:
         path = self.save(scheduled=False)
         raise ScrimpError(
-            f"{self._over}; stopped after step {self.progress.step} as strict asks, and saved {path}; "
+            f"{self.teller.over}; stopped after step {self.progress.step} as strict asks, and saved {path}; "
             "start again with a smaller --micro-batch or --seq, or a larger --memory"
         )
 
     def _stop(self, signal_number: int) -> None:
-        path = self.save(scheduled=False)
-        assert self.folder is not None or path is None
+        self.save(scheduled=False)
         out = None if self.folder is None else self.folder.path
         raise Interrupted(
             f"stopped after step {self.progress.step} of {self.job.recipe.steps} and saved it; "
