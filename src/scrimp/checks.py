@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scrimp.base.errors import ScrimpError
-from scrimp.base.protocols import Adapter
 from scrimp.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ def check_tune(made: Assembly, recipe: Recipe) -> None:
     Raises:
         ScrimpError: What trains cannot be merged, or cannot be updated within the backward pass, as asked.
     """
+    from scrimp.base.protocols import Adapter
+
     tune = made.tune
     if not isinstance(tune, Adapter):
         if recipe.tune.merge:

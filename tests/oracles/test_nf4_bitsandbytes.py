@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from scrimp.weights.nf4_code import NF4Code, dynamic_map, levels
 from scrimp.weights.nf4_weight import NF4Weight
+
+bnb: Any = pytest.importorskip("bitsandbytes.functional")
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -8,6 +8,8 @@ piece for each choice it makes.
 
 from __future__ import annotations
 
+from textwrap import shorten
+
 from scrimp.base.errors import ScrimpError
 from scrimp.base.suggest import did_you_mean
 from scrimp.methods.adapters import ADAPTER_METHODS, ADAPTERS
@@ -15,6 +17,8 @@ from scrimp.methods.optimizers import OPTIMIZER_METHODS, OPTIMIZERS
 from scrimp.methods.types import Choice, Method, Piece
 
 __all__ = ["METHODS", "PIECES", "Choice", "Method", "Piece", "names", "options_of", "piece"]
+
+MOST_LISTED = 380  # characters of names in a message
 
 PIECES: tuple[Piece, ...] = (
     Piece(
@@ -224,14 +228,15 @@ def piece(choice: Choice, name: str) -> Piece:
     """Look a piece up.
 
     Raises:
-        ScrimpError: There is none of that name; the message names the nearest and all of them.
+        ScrimpError: There is none of that name; the message names the nearest and those that fit a sentence.
     """
     for candidate in PIECES:
         if candidate.choice == choice and candidate.name == name:
             return candidate
     known = names(choice)
     field = "activations.loss" if choice == "loss" else f"{choice}.name"
-    raise ScrimpError(f"{field}: there is no {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    listed = shorten(", ".join(known), MOST_LISTED, placeholder=" ... (`scrimp methods` lists them all)")
+    raise ScrimpError(f"{field}: there is no {name!r}{did_you_mean(name, known)}; known: {listed}")
 
 
 def options_of(choice: Choice) -> tuple[str, ...]:
