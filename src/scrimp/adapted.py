@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from scrimp.base import files
+from scrimp.base.adapter_names import BASE, COMPRESSED, CONFIG, TENSORS
 from scrimp.base.errors import ScrimpError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "scrimp.json"
-COMPRESSED = "adapter_compeft.safetensors"
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 _VALUES = 64  # of each tensor that count for the fingerprint
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from scrimp import adapted
-from scrimp.tuning.adapter_files import TENSORS, write_lora
+from scrimp.base.adapter_names import COMPRESSED, CONFIG, TENSORS
+from scrimp.tuning.adapter_files import write_lora
 from scrimp.tuning.deltas.delta import Factors
-from scrimp.tuning.merging.compeft import COMPRESSED, decompress_adapter
+from scrimp.tuning.merging.compeft import decompress_adapter
 from scrimp.tuning.merging.merging import merged_changes
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ASKS)
@@ -86,7 +87,7 @@ def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_one_adapter_becomes_an_ordinary_model(cli: Cli, place: Path, trained: Path) -> None:
     outcome = cli("merge", "first", "--out", "merged")
     assert (outcome.code, outcome.out) == (0, "merged\n"), outcome.err
-    assert not (place / "merged" / adapted.CONFIG).exists()
+    assert not (place / "merged" / CONFIG).exists()
     _assert_same(_added(place / "merged", trained / "base"), dict(merged_changes([place / "first"])))
 
 
@@ -170,7 +171,7 @@ def test_another_base_is_refused(refused: Callable[..., str], place: Path, train
     _save_adapter(place / "other", place / "base", {UP: 1}, seed=3)
     for more in ((), ("--as-adapter",)):
         assert "whose names or hashes differ" in refused("merge", "first", "other", "--out", "merged", *more)
-    settings = place / "first" / adapted.CONFIG
+    settings = place / "first" / CONFIG
     settings.write_text(settings.read_text().replace(str(trained / "base"), str(place / "base")))
     assert "its weights have changed" in refused("merge", "first", "--out", "merged")
     assert "its weights have changed" in refused("merge", "first", "first", "--out", "merged")

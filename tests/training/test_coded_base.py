@@ -10,7 +10,8 @@ import pytest
 import torch
 from tests.training.conftest import write_model
 
-from scrimp import adapted, merged, models
+from scrimp import merged, models
+from scrimp.base.adapter_names import BASE
 from scrimp.base.errors import ScrimpError
 from scrimp.data import byte_tokenizer
 from scrimp.weights.nf4 import nf4
@@ -68,7 +69,7 @@ def test_a_resumed_run_is_the_whole_one_and_merges_into_the_decoded_base(lab: La
 def test_the_adapter_says_how_its_base_was_kept(lab: Lab) -> None:
     base = write_base(lab.path / "base")
     lab.train(lab.recipe(model=str(base), **QLORA, steps=1))
-    known = json.loads((lab.path / "run" / "adapter" / adapted.BASE).read_text(encoding="utf-8"))
+    known = json.loads((lab.path / "run" / "adapter" / BASE).read_text(encoding="utf-8"))
     assert known["stored"] == {"name": "nf4", "options": {"group": 64, "double": True}, "dtype": "float32"}
 
 

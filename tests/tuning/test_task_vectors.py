@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from tests.tuning.small import PEFT_ASKS, llama
 from torch import Tensor
 
+from scrimp.base.adapter_names import COMPRESSED, CONFIG, TENSORS
 from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
-from scrimp.tuning.adapter_files import CONFIG, TENSORS
 from scrimp.tuning.merging import pcb
 from scrimp.tuning.merging.compeft import (
-    COMPRESSED,
     compress,
     compress_adapter,
     decompress,

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from scrimp.base import files
+from scrimp.base.adapter_names import CONFIG, TENSORS
 from scrimp.base.errors import ScrimpError
 
 if TYPE_CHECKING:
     from scrimp.tuning.deltas.delta import Delta, Factors
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OWN = "SCRIMP"
 _PREFIX = "base_model.model."
 

@@ -18,6 +18,17 @@ def check_positive(tune: str, options: Mapping[str, float]) -> None:
             raise ScrimpError(f"tune {tune}: {name} {value} must be above 0")
 
 
+def check_counts(tune: str, options: Mapping[str, int]) -> None:
+    """Refuse a number below 1.
+
+    Raises:
+        ScrimpError: One is; the message names it.
+    """
+    for name, value in options.items():
+        if value < 1:
+            raise ScrimpError(f"tune {tune}: {name} {value} must be at least 1")
+
+
 def check_choice(tune: str, name: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse a word that is none of those allowed.
 

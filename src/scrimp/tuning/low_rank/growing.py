@@ -15,6 +15,7 @@ from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.growing import RankOnes, Triangular
 from scrimp.tuning.deltas.tuning import DeltaTuning
 from scrimp.tuning.low_rank.rank_growth import Orthogonality, ScoredGrowth, ThresholdGrowth
+from scrimp.tuning.option_checks import check_counts
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 
@@ -79,9 +80,10 @@ def IncreLora(
     _check_ranks("increlora", first=first_rank, rank=rank, largest=largest)
     increase = max(1, rank // 2) if increase is None else increase
     interval = _share_of(steps, 40, most=1000) if interval is None else interval
-    _check_counts("increlora", increase=increase, interval=interval, **({} if top is None else {"top": top}))
+    given = {"increase": increase, "interval": interval} | ({} if top is None else {"top": top})
+    check_counts("increlora", given)
     measure_every = _tenth(interval) if measure_every is None else measure_every
-    _check_counts("increlora", measure_every=measure_every)
+    check_counts("increlora", {"measure_every": measure_every})
     if interval % measure_every:
         raise ScrimpError(
             f"tune increlora: interval {interval} must be a multiple of measure_every ({measure_every})"
@@ -171,7 +173,7 @@ def TriAdaptLora(
     first = _share_of(steps, 20, most=100) if first is None else first
     last = 10 * first if last is None else last
     every = max(1, first) if every is None else every
-    _check_counts("triadapt-lora", every=every)
+    check_counts("triadapt-lora", {"every": every})
     half = rank // 2
     if rank < 2 or rank % 2:
         raise ScrimpError(
@@ -211,12 +213,6 @@ def _check_ranks(tune: str, *, first: int, rank: int, largest: int | None) -> No
             f"tune {tune}: the first rank ({first}), the mean rank at the end ({rank}) and the largest "
             f"({largest or 'any'}) must not fall"
         )
-
-
-def _check_counts(tune: str, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ScrimpError(f"tune {tune}: {name} {number} must be at least 1")
 
 
 def _share_of(steps: int | None, parts: int, *, most: int) -> int:

@@ -21,6 +21,7 @@ from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.parts import CPU, draw_normal, draw_subset, draw_uniform
 from scrimp.tuning.deltas.pooled import FactorPair, Sharded, ShardPool, Tied, Tiled
 from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.option_checks import check_counts
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 _STD = 0.02  # S2-LoRA's, as AdaLoRA's
@@ -64,7 +65,7 @@ def MoS(
         MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards, Wang et al.,
         ICLR 2025, arXiv 2410.00938.
     """
-    _check_positive("mos", rank=rank, equivalent_rank=equivalent_rank, shards=shards)
+    check_counts("mos", {"rank": rank, "equivalent_rank": equivalent_rank, "shards": shards})
     p, e = private_rank, equivalent_rank
     if not 0 <= p <= min(rank, e):
         raise ScrimpError(
@@ -152,7 +153,7 @@ def S2Lora(
         Sparsely Shared LoRA on Whisper for Child Speech Recognition, Liu, Qin, Peng and Lee, ICASSP 2024,
         arXiv 2309.11756.
     """
-    _check_positive("s2-lora", rank=rank)
+    check_counts("s2-lora", {"rank": rank})
     if penalty < 0 or threshold < 0:
         raise ScrimpError(
             f"tune s2-lora: penalty ({penalty}) and threshold ({threshold}) must not be negative"
@@ -233,7 +234,7 @@ def BlockLora(
         One Head Eight Arms: Block Matrix based Low Rank Adaptation for CLIP-based Few-Shot Learning, Zhou et
         al., arXiv 2501.16720.
     """
-    _check_positive("block-lora", rank=rank, blocks=blocks)
+    check_counts("block-lora", {"rank": rank, "blocks": blocks})
 
     def make(places: Sequence[Place]) -> list[Delta]:
         check_rank(places, rank, tune="block-lora")
@@ -258,9 +259,3 @@ def _groups(places: Sequence[Place], *, by_kind: bool) -> dict[tuple[Hashable, .
     for place in places:
         found[place.kind if by_kind else "", *place.module.weight.shape].append(place)
     return dict(found)
-
-
-def _check_positive(tune: str, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ScrimpError(f"tune {tune}: {name} {number} must be at least 1")

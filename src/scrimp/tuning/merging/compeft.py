@@ -31,11 +31,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from scrimp.base.adapter_names import BASE, COMPRESSED, CONFIG, TENSORS
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.adapter_files import CONFIG, TENSORS
-from scrimp.tuning.merging.reading import IDENTITY, Adapter, new_folder, read_adapter, read_tensors
+from scrimp.tuning.merging.reading import Adapter, new_folder, read_adapter, read_tensors
 
-COMPRESSED = "adapter_compeft.safetensors"
 _FORMAT = 1
 _ORIGIN = {"LORA": 0.0, "IA3": 1.0}
 _DTYPES = {str(kind)[6:]: kind for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -192,7 +191,7 @@ def _origin(adapter: Adapter) -> float:
 
 
 def _copy_settings(folder: Path, new: Path) -> None:
-    for name in (CONFIG, IDENTITY):
+    for name in (CONFIG, BASE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, new / name)
 

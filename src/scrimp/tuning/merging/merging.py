@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scrimp.base.adapter_names import BASE
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.adapter_files import write_lora
 from scrimp.tuning.deltas.delta import Factors
-from scrimp.tuning.merging.reading import IDENTITY, Adapter, factors_of, new_folder, read_adapter
+from scrimp.tuning.merging.reading import Adapter, factors_of, new_folder, read_adapter
 from scrimp.tuning.merging.task_vectors import How, Operation, merge_each, shapes_of
 
 
@@ -82,7 +83,7 @@ def merge_adapters(
         write_lora(new, factors, base=adapters[0].base)
         known = next((each.folder for each in adapters if each.identity is not None), None)
         if known is not None:
-            shutil.copyfile(known / IDENTITY, new / IDENTITY)
+            shutil.copyfile(known / BASE, new / BASE)
     return Merged({name: len(pair.a) for name, pair in factors.items()}, errors)
 
 

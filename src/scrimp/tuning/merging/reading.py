@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from scrimp.base import files
+from scrimp.base.adapter_names import BASE, CONFIG, TENSORS
 from scrimp.base.errors import ScrimpError
-from scrimp.tuning.adapter_files import CONFIG, TENSORS, read_config
+from scrimp.tuning.adapter_files import read_config
 from scrimp.tuning.deltas.delta import Factors
 
-IDENTITY = "scrimp.json"
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 # Settings of peft under which dW is not s B A, or not of the base as it was.
 _NOT_PLAIN = (
@@ -73,7 +73,7 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"only {pickled[0].name}, which could run code when read" if pickled else f"no {TENSORS}"
         raise ScrimpError(f"{folder} holds {what}; save the adapter with peft as safetensors")
     try:
-        config, identity = read_config(folder), _identity(folder / IDENTITY)
+        config, identity = read_config(folder), _identity(folder / BASE)
     except (ValueError, KeyError, TypeError) as error:
         raise ScrimpError(
             f"the settings in {folder} cannot be read ({error}); copy the adapter again"
