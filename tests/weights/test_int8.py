@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import QuantizedParameter
-from scrimp.weights import int8_weight
+from scrimp.weights import coded as coded_module
 from scrimp.weights.affine8 import Affine8
 from scrimp.weights.int8 import Int8Linear, int8
-from scrimp.weights.int8_weight import Int8Weight
+from scrimp.weights.int8_weight import PARTS, Int8Weight
 
 IN, OUT, GROUP = 40, 24, 16
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -31,7 +31,7 @@ SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks even in small matrices, the last one shorter."""
-    monkeypatch.setattr(int8_weight, "BLOCK", 7 * IN)
+    monkeypatch.setattr(coded_module, "BLOCK", 7 * IN)
 
 
 def linears(dtype: torch.dtype = torch.float32) -> tuple[Int8Linear, nn.Linear]:
@@ -179,9 +179,9 @@ def test_a_matrix_renewed_in_blocks_is_the_matrix_renewed_at_once() -> None:
     first, second = (linears()[0].weight for _ in range(2))
     value, noise = first.detach().dequantize() + 0.01, torch.tensor(4)
     first.requantize_rows_(0, OUT, value, noise)
-    for rows in int8_weight.blocks(OUT, IN):
+    for rows in coded_module.blocks(OUT, IN):
         second.requantize_rows_(rows.start, rows.stop, value[rows], noise)
-    assert all(torch.equal(getattr(first, part), getattr(second, part)) for part in int8_weight.PARTS)
+    assert all(torch.equal(getattr(first, part), getattr(second, part)) for part in PARTS)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import QuantizedParameter
-from scrimp.weights import nf4_weight
+from scrimp.weights import coded, nf4_weight
 from scrimp.weights.int8 import int8
 from scrimp.weights.nf4 import NF4Linear, nf4
 from scrimp.weights.nf4_code import LEVELS, NF4Code, dynamic_map
@@ -32,7 +32,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks even in small matrices, which begin within groups, and the last one shorter."""
-    monkeypatch.setattr(nf4_weight, "BLOCK", 7 * IN)
+    for module in (coded, nf4_weight):
+        monkeypatch.setattr(module, "BLOCK", 7 * IN)
 
 
 def matrix(shape: tuple[int, int] = (OUT, IN), dtype: torch.dtype = torch.float32) -> Tensor:

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
 from scrimp.weights.affine8 import Affine8, Variant
+from scrimp.weights.coded import CodedLinear, by_weight, code_in_turn, materialize
 from scrimp.weights.int8_weight import DTYPES, PARTS, Int8Weight
 
 ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
 
 
-class Int8Linear(nn.Linear):
+class Int8Linear(CodedLinear):
     """An `nn.Linear` whose weight is an `Int8Weight`, and whose `state_dict` holds the weight's parts.
 
     Args:
@@ -42,28 +43,9 @@ class Int8Linear(nn.Linear):
 
     weight: Int8Weight
 
-    def __init__(self, weight: Int8Weight, bias: nn.Parameter | None) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
-
-    def plain(self) -> nn.Linear:
-        """Return an `nn.Linear` of the decoded weight and the same bias."""
-        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight = nn.Parameter(self.weight.detach().dequantize(), self.weight.requires_grad)
-        made.bias = self.bias
-        return made.train(self.training)
-
     def extra_repr(self) -> str:
         """Tell of the codes beside the sizes."""
         return f"{super().extra_repr()}, int8 in groups of {self.weight.codec.group}"
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}weight"]
-        for part in PARTS:
-            destination[f"{prefix}weight_{part}"] = getattr(self.weight, part).detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
@@ -107,26 +89,18 @@ class Int8:
         Raises:
             ScrimpError: There is nothing to code, or it is of another dtype than bfloat16 or float32.
         """
-        tied: dict[Tensor, list[str]] = {}
-        for name, linear in _linears(model, self._takes):
-            tied.setdefault(linear.weight, []).append(name)
+        tied = by_weight(_linears(model, self._takes))
         if not tied:
             wanted = "linear layer" if self.targets is None else f"linear layer named {sorted(self.targets)}"
             raise ScrimpError(
                 f"weights int8: the decoder layers of model {type(model).__name__} have no {wanted}; "
                 "use weights dense"
             )
-        while tied:  # a full matrix is held by nobody when the next one is coded
-            weight, names = tied.popitem()
-            coded = self._code(names[0], weight)
-            for name in names:
-                _swap(model, name, coded)
+        code_in_turn(model, tied, self._code, Int8Linear)
 
     def materialize(self, model: nn.Module) -> None:
         """Decode every matrix of `model` in place, one after the other: they are plain `nn.Linear` again."""
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Int8Linear):
-                model.set_submodule(name, module.plain())
+        materialize(model, Int8Linear)
 
     def _takes(self, name: str) -> bool:
         return name in self.targets if self.targets is not None else name not in ROUTERS
@@ -160,11 +134,6 @@ def int8(group: int = 256, *, variant: Variant = "paper", targets: tuple[str, ..
             f"weights int8: group must be a whole number from 2, not {group!r}; usual are 128 and 256"
         )
     return Int8(group=group, variant=variant, targets=None if targets is None else frozenset(targets))
-
-
-def _swap(model: nn.Module, name: str, coded: Int8Weight) -> None:
-    old: Any = model.get_submodule(name)
-    model.set_submodule(name, Int8Linear(coded, old.bias).train(old.training))
 
 
 def _linears(model: nn.Module, takes: Callable[[str], bool]) -> Iterator[tuple[str, nn.Linear]]:

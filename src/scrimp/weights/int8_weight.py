@@ -16,7 +16,7 @@ Autograd keeps x and the codes, never a decoded matrix. Oddities:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scrimp.base.errors import ScrimpError
 from scrimp.weights.affine8 import Affine8
-
-BLOCK = 1 << 21  # elements that are decoded at once: few products, and a processor's cache still holds them
+from scrimp.weights.coded import autocast, blocks, decoded, weight_of, written
 
 aten = torch.ops.aten
 
@@ -106,6 +104,11 @@ class Int8Weight(Tensor):
         for name, stored in self.stored_rows(first, last).items():
             stored.copy_(made[name])
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Codes, scales and offsets by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
     def dequantize(self) -> Tensor:
         """Return a plain tensor of the same shape and dtype."""
         return self.codec.decode(self.stored_rows(0, self.shape[0]), self.dtype)
@@ -130,7 +133,7 @@ class Int8Weight(Tensor):
     ) -> Any:
         """Take over `F.linear`; let torch do all else."""
         kwargs = kwargs or {}
-        if func is F.linear and isinstance(_second(args, kwargs), Int8Weight):
+        if func is F.linear and isinstance(weight_of(args, kwargs), Int8Weight):
             return _linear(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -148,7 +151,7 @@ class Int8Weight(Tensor):
             return args[0]
         if func in _LIKES:
             return func(args[0].codes, *args[1:], **{"dtype": args[0].dtype} | kwargs)
-        if func._schema.is_mutable and (changed := _changed(func, args)):
+        if func._schema.is_mutable and (changed := written(func, args, Int8Weight)):
             raise ScrimpError(
                 f"{func} would change {changed[0]} in place, which would be lost in rounding: "
                 "use an optimizer of scrimp.optim, which rounds stochastically"
@@ -158,32 +161,7 @@ class Int8Weight(Tensor):
                 f"{func} would return a decoded copy of {args[0]}, and what is written to it would be lost: "
                 "read its dequantize(), write by requantize_rows_()"
             )
-        return func(*_decoded(args), **_decoded(kwargs))
-
-
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield the rows of a matrix in blocks of about `BLOCK` elements."""
-    size = max(1, BLOCK // columns)
-    for first in range(0, rows, size):
-        yield slice(first, min(rows, first + size))
-
-
-def _second(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[1] if len(args) > 1 else kwargs["weight"]
-
-
-def _decoded(tree: Any) -> Any:
-    return tree_map_only(Int8Weight, lambda weight: weight.dequantize(), tree)
-
-
-def _changed(func: Any, args: tuple[Any, ...]) -> list[Int8Weight]:
-    """Return the weights that an operation would write to."""
-    written = [
-        value
-        for value, argument in zip(args, func._schema.arguments, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Int8Weight)]
+        return func(*decoded(args, Int8Weight), **decoded(kwargs, Int8Weight))
 
 
 # ---- the product -----------------------------------------------------------------------------------
@@ -191,10 +169,7 @@ def _changed(func: Any, args: tuple[Any, ...]) -> list[Int8Weight]:
 
 def _linear(input: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """Stand in for `F.linear`, whose autocast happens below the level that is taken over here."""
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+    input, bias = autocast(input, bias)
     out: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return out
 

@@ -31,12 +31,13 @@ from torch import Tensor, nn
 
 from scrimp.base.decoder_layers import decoder_layers
 from scrimp.base.errors import ScrimpError
+from scrimp.weights.coded import CodedLinear, by_weight, code_in_turn, materialize
 from scrimp.weights.int8 import ROUTERS
 from scrimp.weights.nf4_code import NF4Code
 from scrimp.weights.nf4_weight import DTYPES, NF4Weight
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(CodedLinear):
     """An `nn.Linear` whose weight is an `NF4Weight`, and whose `state_dict` holds the weight's parts.
 
     Args:
@@ -46,28 +47,9 @@ class NF4Linear(nn.Linear):
 
     weight: NF4Weight
 
-    def __init__(self, weight: NF4Weight, bias: nn.Parameter | None) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
-
-    def plain(self) -> nn.Linear:
-        """Return a frozen `nn.Linear` of the decoded weight and the same bias."""
-        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight = nn.Parameter(self.weight.detach().dequantize(), requires_grad=False)
-        made.bias = self.bias
-        return made.train(self.training)
-
     def extra_repr(self) -> str:
         """Tell of the codes beside the sizes."""
         return f"{super().extra_repr()}, nf4 in groups of {self.weight.codec.group}"
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}weight"]
-        for name, part in self.weight.parts.items():
-            destination[f"{prefix}weight_{name}"] = part.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
@@ -110,26 +92,17 @@ class NF4:
             ScrimpError: There is nothing to code, it is of a dtype that codes do not stand for, or it holds
                 what is no finite number.
         """
-        tied: dict[Tensor, list[str]] = {}
-        for name, linear in _linears(model):
-            tied.setdefault(linear.weight, []).append(name)
+        tied = by_weight(_linears(model))
         if not tied:
             raise ScrimpError(
                 f"weights nf4: the decoder layers of model {type(model).__name__} have no linear layer; "
                 "use weights dense"
             )
-        while tied:  # a full matrix is held by nobody when the next one is coded
-            weight, names = tied.popitem()
-            coded = self._code(names[0], weight)
-            for name in names:
-                old: Any = model.get_submodule(name)
-                model.set_submodule(name, NF4Linear(coded, old.bias).train(old.training))
+        code_in_turn(model, tied, self._code, NF4Linear)
 
     def materialize(self, model: nn.Module) -> None:
         """Decode every matrix of `model` in place, one after the other: they are plain `nn.Linear` again."""
-        for name, module in list(model.named_modules()):
-            if isinstance(module, NF4Linear):
-                model.set_submodule(name, module.plain())
+        materialize(model, NF4Linear)
 
     def _code(self, name: str, weight: Tensor) -> NF4Weight:
         if weight.dtype not in DTYPES:

@@ -16,7 +16,7 @@ It never trains, so that autograd keeps neither x nor a decoded matrix. Oddities
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scrimp.base.errors import ScrimpError
+from scrimp.weights.coded import BLOCK, autocast, blocks, decoded, weight_of, written
 from scrimp.weights.nf4_code import NF4Code, encode
 
-BLOCK = 1 << 21  # elements that are decoded at once: few products, and a processor's cache still holds them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 aten = torch.ops.aten
@@ -139,7 +138,7 @@ class NF4Weight(Tensor):
     ) -> Any:
         """Take over `F.linear`; let torch do all else."""
         kwargs = kwargs or {}
-        if func is F.linear and isinstance(_second(args, kwargs), NF4Weight):
+        if func is F.linear and isinstance(weight_of(args, kwargs), NF4Weight):
             return _linear(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -159,35 +158,18 @@ class NF4Weight(Tensor):
         if func in _LIKES:
             like = torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
             return func(like, *args[1:], **kwargs)
-        if func._schema.is_mutable and _is_written(func, args):
+        if func._schema.is_mutable and written(func, args, NF4Weight):
             raise _frozen()
         if func.is_view:
             raise ScrimpError(
                 f"{func} would return a decoded copy of {args[0]}, and what is written to it would be lost: "
                 "read its dequantize()"
             )
-        return func(*_decoded(args), **_decoded(kwargs))
+        return func(*decoded(args, NF4Weight), **decoded(kwargs, NF4Weight))
 
 
 def _frozen() -> ScrimpError:
     return ScrimpError("weights nf4 are frozen: tune an adapter (--tune lora), or train with weights int8")
-
-
-def _second(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[1] if len(args) > 1 else kwargs["weight"]
-
-
-def _decoded(tree: Any) -> Any:
-    return tree_map_only(NF4Weight, lambda weight: weight.dequantize(), tree)
-
-
-def _is_written(func: Any, args: tuple[Any, ...]) -> bool:
-    written = [
-        value
-        for value, argument in zip(args, func._schema.arguments, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return any(isinstance(leaf, NF4Weight) for leaf in tree_leaves(written))
 
 
 # ---- the product -----------------------------------------------------------------------------------
@@ -197,10 +179,7 @@ def _linear(input: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Ten
     """Stand in for `F.linear`, whose autocast happens below the level that is taken over here."""
     if weight.requires_grad:
         raise _frozen()
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+    input, bias = autocast(input, bias)
     out: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
@@ -214,7 +193,7 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         y = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: peft's AdaLoRA adds to it in place
         found = y.view(-1, weight.shape[0])
-        for rows in _blocks(weight):
+        for rows in blocks(*weight.shape):
             torch.mm(flat, weight.decoded(rows.start, rows.stop, x.dtype).t(), out=found[:, rows])
         if bias is not None:
             y += bias
@@ -232,21 +211,15 @@ class _Linear(torch.autograd.Function):
 
 def _dx(dy: Tensor, weight: NF4Weight) -> Tensor:
     """Return dy W, (tokens, in), summed over blocks in float32 at least."""
-    products = (dy[:, rows] @ weight.decoded(rows.start, rows.stop, dy.dtype) for rows in _blocks(weight))
+    products = (
+        dy[:, rows] @ weight.decoded(rows.start, rows.stop, dy.dtype) for rows in blocks(*weight.shape)
+    )
     if weight.shape.numel() <= BLOCK:
         return next(products)
     total = dy.new_zeros(dy.shape[0], weight.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
     for product in products:
         total += product
     return total.to(dy.dtype)
-
-
-def _blocks(weight: NF4Weight) -> Iterator[slice]:
-    """Yield the rows in blocks of about `BLOCK` elements."""
-    rows, columns = weight.shape
-    size = max(1, BLOCK // columns)
-    for first in range(0, rows, size):
-        yield slice(first, min(rows, first + size))
 
 
 # ---- operations on the parts -----------------------------------------------------------------------
