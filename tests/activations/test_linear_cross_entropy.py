@@ -107,6 +107,34 @@ def test_loss_and_gradients_are_those_of_full_logits(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("targets", [0, 1, CHUNK, CHUNK + 9, 2 * CHUNK])
+def test_rows_without_a_target_are_left_out(generator: torch.Generator, targets: int, bias: bool) -> None:
+    hidden, weight, offset, labels = make(generator, 2 * CHUNK, bias=bias)
+    labels.random_(0, VOCAB, generator=generator)
+    labels[torch.randperm(2 * CHUNK, generator=generator)[targets:]] = IGNORED
+    inputs = (hidden, weight, offset, labels)
+    truth = outcome(full, *doubled(*inputs), divisor=7.0, softcap=4.0)
+    for found, expected in zip(
+        outcome(linear_cross_entropy, *inputs, divisor=7.0, softcap=4.0, targets=targets), truth, strict=True
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        assert targets or not found.any()
+    exact = outcome(linear_cross_entropy, *doubled(*inputs), divisor=7.0, softcap=4.0, targets=targets)
+    for found, expected in zip(exact, truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_without_a_target_cost_no_memory(generator: torch.Generator) -> None:
+    hidden, weight, _, labels = make(generator, 2 * CHUNK)
+    labels[9:] = IGNORED
+    weight.requires_grad_(False)
+    targets = int((labels != IGNORED).sum())
+    with allocator_events() as events:
+        linear_cross_entropy(hidden, weight, None, labels, divisor=9.0, targets=targets).backward()
+    assert events.peak < 4 * (9 * VOCAB + 3 * hidden.numel())
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_fp32_agrees_with_torchs_own_operator(generator: torch.Generator, tokens: int) -> None:
     hidden, weight, _, labels = make(generator, tokens)
@@ -244,7 +272,7 @@ def test_a_gradient_that_nobody_needs_is_not_made(
         tensor.requires_grad_(needs)
     loss, found = outcome(linear_cross_entropy, *inputs, divisor=9.0)
     assert torch.equal(loss, everything[0]) and torch.equal(found, everything[1 + needed.index(True)])
-    made = OPERATOR(*(t.detach() if t is not None else t for t in inputs), 9.0, 1.0, None, *needed)
+    made = OPERATOR(*(t.detach() if t is not None else t for t in inputs), 9.0, 1.0, None, None, *needed)
     assert [t.numel() > 0 for t in made[1:]] == list(needed)
 
 
@@ -315,7 +343,7 @@ def test_on_fake_tensors_it_makes_the_same_shapes(
 ) -> None:
     inputs = [t if t is None else t.detach() for t in make(generator, CHUNK + 9, bias=bias, dtype=dtype)]
     for needed in [(True, True, bias), (True, False, False), (False, False, False)]:
-        options = (9.0, 1.0, 3.0, *needed)
+        options = (9.0, 1.0, 3.0, None, *needed)
         torch.library.opcheck(OPERATOR, (*inputs, *options), test_utils=("test_schema", "test_faketensor"))
     with FakeTensorMode() as mode:
         fake = [t if t is None else mode.from_tensor(t) for t in inputs]
@@ -382,7 +410,7 @@ def test_scratch_is_what_the_allocator_hands_out(
     w = w.to(torch.bfloat16 if dtypes == "bf16" else torch.float32)
     flags = (needed != "none", needed == "all", needed == "all" and bias)
     with allocator_events() as events:
-        made = OPERATOR(h, w, b, labels, 9.0, 1.0, softcap, *flags)
+        made = OPERATOR(h, w, b, labels, 9.0, 1.0, softcap, None, *flags)
     assert events.left == pytest.approx(sum(t.nbytes for t in made), abs=64)
     formula = scratch_bytes(
         tokens,

@@ -10,6 +10,8 @@ Exact, in value and gradient. Oddities:
 - Gradients are taken in the forward pass, while a chunk's logits are at hand. The backward pass hands
   them over once, multiplied in place, so that no second copy of dW ever exists.
 - The chunk does not depend on N, so the bytes of a batch grow by a straight line.
+- Where the caller knows on the host how many labels are targets, as of a chat of which only the answers
+  are learnt, rows without one take part in no product. Their gradient is 0.
 - Only `TILE_TOKENS` rows at a time are widened to fp32: logits stay in the dtype of `hidden`. Loss and
   log-sum-exp are fp32, and so is the sum of dW over chunks, where a product is rounded once a chunk.
 - The whole is one operator for whoever watches the dispatcher, such as the tracer that predicts memory:
@@ -98,6 +100,7 @@ def linear_cross_entropy(
     divisor: float,
     scale: float = 1.0,
     softcap: float | None = None,
+    targets: int | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of `softcap tanh(scale (hidden weightᵀ + bias) / softcap)`.
 
@@ -111,6 +114,7 @@ def linear_cross_entropy(
         divisor: What the sum in nats is divided by.
         scale: What the logits are multiplied by.
         softcap: The bound of the logits, or None.
+        targets: How many labels are not `IGNORED`, exactly; None computes every row.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 `hidden`); 0 where every label is ignored.
@@ -119,9 +123,9 @@ def linear_cross_entropy(
         RuntimeError: In the backward pass, where it runs for a second time.
     """
     if torch.is_grad_enabled():
-        loss: Tensor = _Loss.apply(hidden, weight, bias, labels, divisor, scale, softcap)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Loss.apply(hidden, weight, bias, labels, divisor, scale, softcap, targets)  # type: ignore[no-untyped-call]
         return loss
-    loss, *_ = _operator(hidden, weight, bias, labels, divisor, scale, softcap, False, False, False)
+    loss, *_ = _operator(hidden, weight, bias, labels, divisor, scale, softcap, targets, False, False, False)
     return loss
 
 
@@ -138,10 +142,11 @@ class _Loss(torch.autograd.Function):
         divisor: float,
         scale: float,
         softcap: float | None,
+        targets: int | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:3]
         loss: Tensor
-        loss, *gradients = _operator(hidden, weight, bias, labels, divisor, scale, softcap, *needed)
+        loss, *gradients = _operator(hidden, weight, bias, labels, divisor, scale, softcap, targets, *needed)
         ctx.gradients = [made if wanted else None for made, wanted in zip(gradients, needed, strict=True)]
         return loss
 
@@ -154,7 +159,7 @@ class _Loss(torch.autograd.Function):
             )
         # Nothing else may hold them: autograd then moves dW into `.grad` instead of copying it.
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if made is None else made.mul_(upstream) for made in gradients), *[None] * 4)
+        return (*(None if made is None else made.mul_(upstream) for made in gradients), *[None] * 5)
 
 
 @torch.library.custom_op("scrimp::linear_cross_entropy", mutates_args=())
@@ -166,19 +171,22 @@ def _operator(
     divisor: float,
     scale: float,
     softcap: float | None,
+    targets: int | None,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, d_hidden, d_weight and d_bias; a gradient that is not needed has no elements."""
-    N, d = hidden.shape
-    V = weight.shape[0]
+    d, V = hidden.shape[1], weight.shape[0]
+    kept = None if targets is None else _kept(labels, targets)
+    N = len(labels) if kept is None else len(kept)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     size = max(1, min(chunk_tokens(d), N))
     in_fp32 = _in_fp32(N, size, hidden.itemsize, weight.itemsize)
 
     loss = hidden.new_zeros((), dtype=exact)
-    d_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
+    make = hidden.new_empty if kept is None else hidden.new_zeros
+    d_hidden = make(hidden.shape if needs_hidden else 0)
     d_weight = weight.new_empty(weight.shape if needs_weight else 0, dtype=exact if in_fp32 else None)
     d_bias = hidden.new_zeros(V if needs_bias else 0, dtype=exact)
 
@@ -189,7 +197,7 @@ def _operator(
     softmax = _Softmax(chunk, softcap, gradient=needs_hidden or needs_weight or needs_bias)
     factor = scale / divisor
     for start in range(0, max(N, 1), size):
-        rows = slice(start, start + size)
+        rows = slice(start, start + size) if kept is None else kept[start : start + size]
         h = hidden[rows]
         z = chunk[: len(h)]
         if offset is None:
@@ -198,7 +206,7 @@ def _operator(
             torch.addmm(offset, h, matrix.t(), beta=scale, alpha=scale, out=z)
         loss += softmax.loss_and_gradient_(z, labels[rows], d_bias if needs_bias else None)
         if needs_hidden:
-            d_hidden[rows].addmm_(z, matrix, beta=0, alpha=factor)
+            _write_(d_hidden, rows, z, matrix, factor)
         if needs_weight:
             _add_product_(d_weight, z, h, factor, first=start == 0)
     del matrix, chunk, softmax, z
@@ -220,6 +228,7 @@ def _(
     divisor: float,
     scale: float,
     softcap: float | None,
+    targets: int | None,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -232,6 +241,21 @@ def _(
         weight.new_empty(weight.shape if needs_weight else 0),
         like.new_empty(like.shape if needs_bias else 0),
     )
+
+
+def _kept(labels: Tensor, targets: int) -> Tensor | None:
+    """Return which rows have a target, (targets,) int64; None is all of them. The host waits for nothing."""
+    if targets >= len(labels):
+        return None
+    return torch.nonzero_static(labels != IGNORED, size=targets)[:, 0]
+
+
+def _write_(d_hidden: Tensor, rows: slice | Tensor, dz: Tensor, matrix: Tensor, factor: float) -> None:
+    """Write factor dz W into some rows."""
+    if isinstance(rows, slice):
+        d_hidden[rows].addmm_(dz, matrix, beta=0, alpha=factor)
+    else:
+        d_hidden.index_copy_(0, rows, torch.mm(dz, matrix).mul_(factor))
 
 
 def _add_product_(total: Tensor, dz: Tensor, h: Tensor, factor: float, *, first: bool) -> None:

@@ -90,7 +90,7 @@ class TokenLoss:
 
 
 class ChunkedTokenLoss:
-    """`TokenLoss` without the logits: exact in value and gradient, a chunk of tokens at a time.
+    """`TokenLoss` without the logits: exact in value and gradient, a chunk of targets at a time.
 
     Args:
         model: A transformers causal language model. Of a compiled one, the decoder is compiled by itself.
@@ -127,6 +127,7 @@ class ChunkedTokenLoss:
             divisor=divisor,
             scale=head.scale,
             softcap=head.softcap,
+            targets=batch.targets,
         )
         if self._experts is not None and self._experts.are_balanced:
             balance = self._experts.balancing_loss(output.router_logits).to(loss.device)

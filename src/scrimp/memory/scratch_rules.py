@@ -243,7 +243,7 @@ def _widened(call: Call, elements: int) -> int:
 
 def linear_cross_entropy(call: Call) -> int:
     """The chunked loss says itself what it is made in; a product that is made in fp32 comes on top."""
-    hidden, weight, bias, _, _, _, softcap, *needed = call.args
+    hidden, weight, bias, _, _, _, softcap, _, *needed = call.args
     tokens, width = hidden.shape
     size: int = chunked.scratch_bytes(
         tokens,

@@ -43,7 +43,7 @@ class Work:
     def _add_chunked_loss(self, args: tuple[Any, ...]) -> None:
         """Add the operator of `activations.linear_cross_entropy`, whose inside nobody else sees."""
         hidden, weight = args[:2]
-        products = 1 + sum(args[7:9])  # the logits, and the two gradients where they are needed
+        products = 1 + sum(args[8:10])  # the logits, and the two gradients where they are needed
         self.flops += 2 * products * hidden.numel() * weight.shape[0]
         # Each logit is written by its product, read for the sum, and read and written as its gradient.
         logits = math.prod(hidden.shape[:-1]) * weight.shape[0]

@@ -6,7 +6,7 @@ the catalogue; the other adapters of peft's are in `others`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ def _lora(
     *,
     init: Any = True,
     moves_base: bool = False,
+    finish: Callable[[nn.Module], None] | None = None,
     **settings: Any,
 ) -> PeftTuning:
     check_numbers(name, rank, alpha, dropout)
@@ -49,8 +50,20 @@ def _lora(
         )
 
     return PeftTuning(
-        name=name, configure=configure, seed=seed, targets=targets, rank=rank, moves_base=moves_base
+        name=name,
+        configure=configure,
+        seed=seed,
+        targets=targets,
+        rank=rank,
+        moves_base=moves_base,
+        finish=finish or _fuse,
     )
+
+
+def _fuse(model: nn.Module) -> None:
+    from scrimp.tuning.from_peft.fused_lora import fuse
+
+    fuse(model)
 
 
 def LoRA(
@@ -111,9 +124,7 @@ def DoRA(
     """
     from scrimp.tuning.from_peft.dora import factor_norms
 
-    made = _lora("dora", rank, alpha, dropout, targets, seed, use_dora=True)
-    made.finish = factor_norms
-    return made
+    return _lora("dora", rank, alpha, dropout, targets, seed, finish=factor_norms, use_dora=True)
 
 
 def EVA(

@@ -10,6 +10,7 @@ from scrimp.base.seeds import derive
 from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.routed import Balance, RoutedRanks, Variant, sparse_projection
 from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.option_checks import check_choice
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 
@@ -54,8 +55,7 @@ def FlyLora(
         raise ScrimpError(f"tune flylora: active {active} must be from 1 to the rank ({rank})")
     if balance < 0:
         raise ScrimpError(f"tune flylora: balance {balance} must not be negative")
-    if variant not in get_args(Variant):
-        raise ScrimpError(f"tune flylora: variant {variant!r} must be one of {', '.join(get_args(Variant))}")
+    check_choice("flylora", "variant", variant, get_args(Variant))
 
     def make(places: Sequence[Place]) -> list[Delta]:
         check_rank(places, rank, tune="flylora")

@@ -13,6 +13,7 @@ from typing import Literal
 from scrimp.base.errors import ScrimpError
 from scrimp.base.protocols import Adapter
 from scrimp.tuning.from_peft.lora import LoRA
+from scrimp.tuning.option_checks import check_choice
 from scrimp.tuning.pairs.pairs import Paired, PairTransform
 from scrimp.tuning.pairs.transforms import Alternating, Equivalent, EquivalentAdam, Preconditioned, RateRatio
 from scrimp.tuning.targets import ALL_LINEAR
@@ -63,7 +64,7 @@ def LoraPro(
     """
     name = "lora-pro"
     _check_damping(name, damping)
-    _check_choice(name, "variant", variant, ("efficient", "full"))
+    check_choice(name, "variant", variant, ("efficient", "full"))
     transform: PairTransform = Equivalent(damping=damping)
     if variant == "full":
         _check_adam(name, betas, eps)
@@ -120,7 +121,7 @@ def AltLora(
     """
     name = "altlora"
     _check_damping(name, damping)
-    _check_choice(name, "mode", mode, ("alternate", "joint"))
+    check_choice(name, "mode", mode, ("alternate", "joint"))
     transform = Alternating(damping=damping, mode=mode, plus=plus, name=name)
     return Paired(
         inner(rank=rank, alpha=alpha, dropout=dropout, targets=targets, seed=seed), transform, name=name
@@ -248,11 +249,6 @@ def Riemannian(
 def _check_damping(name: str, damping: float) -> None:
     if not 0 <= damping < math.inf:
         raise ScrimpError(f"tune {name}: damping {damping!r} must be a finite number of at least 0")
-
-
-def _check_choice(name: str, option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ScrimpError(f"tune {name}: {option} {value!r} must be one of {', '.join(allowed)}")
 
 
 def _check_adam(name: str, betas: tuple[float, float], eps: float) -> None:

@@ -12,6 +12,7 @@ from scrimp.tuning.deltas.delta import Delta
 from scrimp.tuning.deltas.kernel import Kernelised, Variant
 from scrimp.tuning.deltas.parts import draw_uniform
 from scrimp.tuning.deltas.tuning import DeltaTuning
+from scrimp.tuning.option_checks import check_choice
 from scrimp.tuning.targets import ALL_LINEAR, Place, check_rank
 
 
@@ -53,8 +54,7 @@ def Snell(
         raise ScrimpError(f"tune snell: rank {rank} must be even and at least 2: it is shared by two kernels")
     if not 0 <= sparsity < 1:
         raise ScrimpError(f"tune snell: sparsity {sparsity} must be from 0 to below 1")
-    if variant not in get_args(Variant):
-        raise ScrimpError(f"tune snell: variant {variant!r} must be one of {', '.join(get_args(Variant))}")
+    check_choice("snell", "variant", variant, get_args(Variant))
 
     def make(places: Sequence[Place]) -> list[Delta]:
         check_rank(places, rank, tune="snell")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from scrimp.base.errors import ScrimpError
 from scrimp.tuning.deltas.sparse import Sparse
 from scrimp.tuning.deltas.tuning import DeltaTuning, Event
+from scrimp.tuning.option_checks import check_choice
 from scrimp.tuning.sparse.masks import (
     Choose,
     FromGradient,
@@ -55,7 +56,7 @@ def NeuroAda(
         arXiv 2510.18940.
     """
     _check_whole("neuroada", "per_row", per_row)
-    _check_one_of("neuroada", "pick", pick, ("largest", "smallest", "random", "gradient"))
+    check_choice("neuroada", "pick", pick, ("largest", "smallest", "random", "gradient"))
 
     def scores(place: Place) -> Scores:
         if pick in ("largest", "smallest"):
@@ -94,7 +95,7 @@ def Shira(
         Sparse High Rank Adapters, Bhardwaj et al., NeurIPS 2024, arXiv 2406.13175.
     """
     _check_whole("shira", "rank", rank)
-    _check_one_of("shira", "mask", mask, ("random", "magnitude", "gradient", "snip"))
+    check_choice("shira", "mask", mask, ("random", "magnitude", "gradient", "snip"))
 
     def count(shape: tuple[int, int]) -> int:
         return rank * sum(shape)
@@ -150,8 +151,8 @@ def SFT(
     References:
         Scaling Sparse Fine-Tuning to Large Language Models, Ansell et al., 2024, arXiv 2401.16405.
     """
-    _check_one_of("sft", "select", select, ("rigl", "sm3"))
-    _check_one_of("sft", "decay", decay, ("linear", "cosine"))
+    check_choice("sft", "select", select, ("rigl", "sm3"))
+    check_choice("sft", "decay", decay, ("linear", "cosine"))
     for name, value in (("density", density), ("share", share)):
         if not 0 < value <= 1:
             raise ScrimpError(f"tune sft: {name} {value} is no share: take more than 0, and 1 at most")
@@ -246,8 +247,3 @@ def _from_gradient(score: Any, count: Count, chooser: Choose) -> tuple[Event, ..
 def _check_whole(tune: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ScrimpError(f"tune {tune}: {name} {value!r} is no whole number from 1 on")
-
-
-def _check_one_of(tune: str, name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ScrimpError(f"tune {tune}: {name} {value!r} is none of {', '.join(allowed)}")
