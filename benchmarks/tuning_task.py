@@ -7,10 +7,10 @@ Every method that leaves weights frozen, some optimizers of full fine-tuning, an
 the first 8 layers of the model on the same tokens; the best-known ones train the whole model too. The first
 layers alone predict nothing, so they are healed first: a short run on other source, the same for all. Each
 side may try three learning rates around its usual one on a prefix of the tokens (one more where the best lies
-at the edge). The rate with the lowest loss on validation questions then trains on all of them, and the
-share of the questions answered rightly is the score (`_keyword_task.py`). Scores do not depend on what else
-the machine does; tokens/s and peak memory do, and are measured apart, in turns, every run a process of its
-own.
+at the edge). The rate with the lowest loss on validation questions then trains on all of them, the whole
+model too, and the share of the questions answered rightly is the score (`_keyword_task.py`). Scores do not
+depend on what else the machine does; tokens/s and peak memory do, and are measured apart, in turns, every
+run a process of its own.
 
 Runs that lie in `--out` are not done again, so it can be stopped at any time, and a catalogue that has grown
 costs only what is new. A run that failed is tried again.
@@ -27,7 +27,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ def main() -> None:
     work = Work(options)
     sides = [side for model in MODELS for side in work.sides(model)]
     if options.only != "speed":
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(work.score, [*(untrained(model) for model in MODELS), *sides]))
+        for model in MODELS:  # in turn: the whole model takes the rates that were found for the cut one
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(work.score, [untrained(model), *(one for one in sides if one.model == model)]))
     if options.only != "scores":
         for turn in range(options.turns):
             for side in sides:
@@ -159,7 +160,7 @@ class Work:
 
     def _scored(self, side: Side, do: Do) -> dict[str, Any]:
         """Return what a side's search and its run found, as far as `do` does them."""
-        trials = {} if side.centre is None else self._search(side, do)
+        trials = {} if side.centre is None else self._search(replace(side, model=CUT), do)
         lr = _best(trials)
         tried = [{"lr": lr, "loss": _validation(found)} for lr, found in sorted(trials.items())]
         if lr is None and side.centre is not None:
