@@ -47,7 +47,7 @@ Do = Callable[[Task], dict[str, Any] | None]
 
 SEQ, BATCH, TOKENS = 32, 8, 40_000
 LAYERS = 8
-PREFIX = 0.2  # of the tokens, for a trial of a learning rate
+PREFIX = 0.1  # of the tokens, for a trial of a learning rate
 TRIALS, MORE_TRIALS, FACTOR = 3, 1, 4.0
 SPEED_STEPS = 6
 MODELS = (CUT, WHOLE)

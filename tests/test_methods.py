@@ -51,3 +51,5 @@ def test_an_unknown_piece_names_the_nearest_and_all() -> None:
         piece("optimizer", "adam")
     with pytest.raises(ScrimpError, match="known: dense"):
         piece("weights", "adamw")  # a name of another choice
+    with pytest.raises(ScrimpError, match="qlora is several choices: tune lora, weights nf4; make each"):
+        piece("tune", "qlora")

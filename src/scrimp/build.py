@@ -168,7 +168,7 @@ def _absolute(path: str) -> str:
 
 def _find_tokenizer(recipe: Recipe, model: models.Source) -> Path | None:
     named = recipe.data.tokenizer
-    return model.path if named is None else models.locate_tokenizer(named)
+    return model.tokenizer if named is None else models.locate_tokenizer(named)
 
 
 def prepare(inputs: Inputs, say: Say) -> Prepared:

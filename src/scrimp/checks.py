@@ -36,7 +36,7 @@ def check_tune(made: Assembly, recipe: Recipe) -> None:
         )
     if recipe.tune.merge and not tune.is_mergeable:
         raise ScrimpError(
-            f"tune.merge: {recipe.tune.name} cannot be merged, as the weights of {type(made.model).__name__} "
+            f"tune.merge: {recipe.tune.name} cannot be merged, as the weights of {recipe.model.name} "
             "cannot hold what it adds; leave --tune.merge out, and name the adapter's folder where it is used"
         )
 

@@ -64,7 +64,7 @@ def write_model(
         ScrimpError: The adapters are of different bases, or no weight can hold what one does.
     """
     first = sources[0]
-    assert first.base is not None and first.path is not None
+    assert first.base is not None and first.tokenizer is not None
     dtype = models.stored_dtype(first.base) if precision == "auto" else DTYPES[precision]
     if len(sources) == 1:
         model = models.load(first, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -75,7 +75,7 @@ def write_model(
             )
     else:
         model = _several(sources, way, dtype, trust_remote_code=trust_remote_code)
-    tokenizer = data.load_tokenizer(_tokenizer(first))
+    tokenizer = data.load_tokenizer(first.tokenizer)
     with files.atomic_directory(out) as partial:
         models.export(model, tokenizer, partial)
 
@@ -136,10 +136,3 @@ def _folders(sources: Sequence[models.Source]) -> Iterator[list[Path]]:
     paths = [source.path for source in sources if source.path is not None]
     with ExitStack() as passing:
         yield [passing.enter_context(adapted.readable(path)) for path in paths]
-
-
-def _tokenizer(source: models.Source) -> Path:
-    """Return where an adapter's tokenizer lies: beside it where we wrote it, else with its base."""
-    base = source.base
-    assert source.path is not None and base is not None and base.path is not None
-    return source.path if (source.path / "tokenizer.json").is_file() else base.path

@@ -61,6 +61,13 @@ class Source:
             return any(self.path.glob("*.safetensors"))
         return self.kind in ("gguf", "adapter")
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer lies: an adapter of peft's alone has none beside it, and takes its base's."""
+        if self.base is None or self.path is None or (self.path / "tokenizer.json").is_file():
+            return self.path
+        return self.base.tokenizer
+
 
 def locate(name: str, *, trust_remote_code: bool = False) -> Source:
     """Find a model by name, asking the hub only for what is not on this machine.

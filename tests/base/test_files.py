@@ -147,6 +147,17 @@ def test_everything_in_a_folder_is_synced_before_it_gets_its_name_and_its_parent
     assert calls[-2:] == [("rename", ".partial-model"), ("fsync_directory", tmp_path.name)]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_that_only_its_writer_could_read_gets_the_usual_permissions(tmp_path):
+    with files.atomic_directory(tmp_path / "model") as folder:
+        (folder / "closed").touch(mode=0o600)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "closed").touch(mode=0o600)
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {p.stat().st_mode for p in (tmp_path / "model").rglob("closed")} == {usual}
+
+
 @pytest.mark.parametrize("earlier", [False, True])
 def test_an_exception_leaves_what_was_there(tmp_path, earlier):
     if earlier:

@@ -74,10 +74,15 @@ def test_an_adapter_can_be_trained_over_another_one(
 
 
 def test_a_prompt_is_trained_before_the_text_and_runs_with_its_base(
-    cli: Cli, job: tuple[str, ...], here: Path
+    cli: Cli, job: tuple[str, ...], here: Path, base: Path
 ) -> None:
     outcome = cli("train", *job[:-2], "--tune", "prompt", "--out", "run")
     assert outcome.code == 0, outcome.err
+    assert "generate run --chat --prompt" in outcome.err
+    plan = json.loads((here / "run" / "memory.json").read_text("utf-8"))["predicted"]
+    assert plan["basis"] == "traced"
+    hidden = LlamaConfig.from_pretrained(base).hidden_size
+    assert plan["moments"][-1]["terms"]["optimizer state"] == 2 * 4 * 20 * hidden  # of twenty vectors
     assert cli("eval", "run/adapter", "--data", "chat.jsonl", "--seq", "64").code == 0
     outcome = cli("train", "--model", "run", *job[2:], "--tune", "lora", "--out", "over")
     assert outcome.code == 2 and "train over its base" in outcome.err

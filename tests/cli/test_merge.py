@@ -115,6 +115,7 @@ def test_several_adapters_become_one_adapter_which_merges_to_the_same(
     assert cli("merge", "both", "--out", "merged").code == 0
     expected = dict(merged_changes([place / "first", place / "second"]))
     _assert_same(_added(place / "merged", trained / "base"), expected)
+    assert cli("generate", "both", "--prompt", "x", "--tokens", "2").code == 0  # with its base's tokenizer
     lossy = cli("merge", "first", "second", "--out", "one", "--as-adapter", "--rank", "1")
     assert "of a change is lost" in lossy.out
 
@@ -127,6 +128,7 @@ def test_a_compressed_adapter_is_used_like_any_other(cli: Cli, place: Path, trai
     expected = dict(merged_changes([place / "plain", place / "second"]))
     assert cli("merge", "small", "--out", "merged").code == 0
     _assert_same(_added(place / "merged", trained / "base"), dict(merged_changes([place / "plain"])))
+    assert cli("generate", "small", "--prompt", "x", "--tokens", "2").code == 0
     assert cli("merge", "small", "second", "--out", "both").code == 0
     _assert_same(_added(place / "both", trained / "base"), expected)
 

@@ -155,6 +155,15 @@ def test_an_empty_or_missing_folder_starts_at_step_0_and_says_so(
     assert "starts at step 0" in outcome.err
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_to_go_on_with_and_nothing_else_said_is_refused(
+    refused: Refused, here: Path, there: bool
+) -> None:
+    if there:
+        (here / "out").mkdir()
+    assert "out holds no run to go on with: correct --out" in refused("train", "--out", "out", "--resume")
+
+
 def test_a_checkpoint_of_another_model_is_refused(refused: Refused, stopped: Path, cache: Path) -> None:
     _rewrite_manifest(checkpoint.checkpoint_path(stopped / "checkpoints", 3), model="0" * 32)
     said = refused("train", "--out", "run", "--resume", "--cache", cache)

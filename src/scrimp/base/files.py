@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -184,6 +185,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         try:
             make_directory(partial)
             yield partial
+            _let_read(partial)
             _fsync_tree(partial)
             _replace_directory(partial, final)
         except BaseException:
@@ -274,6 +276,14 @@ def _free_space(folder: Path) -> str:
 
 def _beside(path: Path, prefix: str) -> Path:
     return path.with_name(prefix + path.name)
+
+
+def _let_read(folder: Path) -> None:
+    """Give every file the permissions that a new one has: safetensors lets only its writer read."""
+    usual = stat.S_IMODE(folder.stat().st_mode) & 0o666  # the folder was made anew, by the same mask
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(usual)
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -41,8 +41,8 @@ def generate(
     from scrimp.training.sample import chat_prompt, sample, text_prompt
 
     model = models.load(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    assert source.path is not None
-    tokenizer = data.load_tokenizer(source.path)
+    assert source.tokenizer is not None
+    tokenizer = data.load_tokenizer(source.tokenizer)
     text = sample(
         model,
         tokenizer,

@@ -54,7 +54,10 @@ def merge(
     found = [models.locate(name, trust_remote_code=trust_remote_code) for name in adapters]
     for name, source in zip(adapters, found, strict=True):
         if source.kind != "adapter":
-            raise ScrimpError(f"merge {name}: it holds no adapter, but a whole model")
+            raise ScrimpError(
+                f"merge {name}: it holds no adapter, but a whole model; name a run or folder with an "
+                "adapter: its base is found by itself"
+            )
     _check_out(out)
     reporter = make_reporter()
     load_torch(reporter)

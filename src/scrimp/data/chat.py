@@ -59,8 +59,8 @@ class ChatEncoder:
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise ScrimpError(
-                f"the tokenizer {self.name} has no chat template, which conversations need: "
-                f"name another model, or train on plain text"
+                f"the data are conversations, and the tokenizer {self.name} has no chat template for them: "
+                "name another model or --data.tokenizer, or train on plain text"
             )
         self._tokenizer = tokenizer
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)

@@ -193,8 +193,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
+                why = str(error)
+                if isinstance(error, json.JSONDecodeError):  # its own line number is within this line
+                    why = f"{error.msg} at character {error.pos + 1}"
                 raise ScrimpError(
-                    f"{path}, line {number}: not JSON ({error}): repair or remove the line"
+                    f"{path}, line {number}: not JSON ({why}): repair or remove the line"
                 ) from error
             if not isinstance(row, dict):
                 raise ScrimpError(f"{path}, line {number}: not a JSON object: a row is {{'text': …}}")

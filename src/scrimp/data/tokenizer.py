@@ -114,6 +114,8 @@ def load_tokenizer(where: str | Path, *, trust_remote_code: bool = False) -> Pre
     except ScrimpError:
         raise
     except Exception as error:  # tokenizers raises bare Exception; transformers a dozen kinds
+        if path.is_dir() and not any(path.glob("*token*")):
+            raise ScrimpError(f"{path} holds no tokenizer: name one with --data.tokenizer") from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
         raise ScrimpError(f"the tokenizer at {path} cannot be read: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):

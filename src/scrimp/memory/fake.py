@@ -141,8 +141,9 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
         return memo[id(tensor)]
 
     for module in model.modules():
-        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-        for tensors in places:
+        own = vars(module)  # among it the parameters and buffers, and peft's dictionary of a prompt's tokens
+        dictionaries: list[dict[Any, Any]] = [value for value in own.values() if type(value) is dict]
+        for tensors in [own, *dictionaries]:
             for name, value in list(tensors.items()):
                 if isinstance(value, Tensor):
                     tensors[name] = replaced(value)

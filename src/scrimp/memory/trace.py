@@ -156,7 +156,7 @@ def fake_assembly(recipe: Recipe, config: Any, mode: Any) -> Assembly:
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
         model = models.create_empty(config, dtype=dtype, trust_remote_code=True)
         made = assemble(model, recipe)
-    to_fake(model, mode)
+    to_fake(made.model, mode)
     # The parameters are others now.
     made.trained.update(made.tune.select(model))
     return made

@@ -235,6 +235,10 @@ def piece(choice: Choice, name: str) -> Piece:
             return candidate
     known = names(choice)
     field = "activations.loss" if choice == "loss" else f"{choice}.name"
+    for method in METHODS:
+        if method.name == name and len(method.pieces) > 1:
+            parts = ", ".join(f"{part} {chosen}" for part, chosen in method.pieces.items())
+            raise ScrimpError(f"{field}: {name} is several choices: {parts}; make each of them")
     listed = shorten(", ".join(known), MOST_LISTED, placeholder=" ... (`scrimp methods` lists them all)")
     raise ScrimpError(f"{field}: there is no {name!r}{did_you_mean(name, known)}; known: {listed}")
 

@@ -90,7 +90,7 @@ class ConsoleReporter:
         self._console.print(
             Panel(escape(run.sample), title="a sample", title_align="left", border_style="dim")
         )
-        for command in next_commands(run):
+        for command in next_commands(job, run):
             self._console.print(f"[dim]try[/dim]  {escape(command)}", highlight=False, soft_wrap=True)
 
     def note(self, message: str) -> None:

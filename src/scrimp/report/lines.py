@@ -58,7 +58,7 @@ class LineReporter:
         for label, text in done_lines(job, run):
             self.note(f"{label:>13}  {text}")
         self.note(f"\n{run.sample}\n")
-        for command in next_commands(run):
+        for command in next_commands(job, run):
             self.note(f"try: {command}")
 
     def note(self, message: str) -> None:

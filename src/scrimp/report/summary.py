@@ -44,11 +44,24 @@ def plan_lines(prepared: Prepared, recipe: Recipe, ledger: Ledger, *, parameters
         (
             "recipe",
             f"{recipe.tune.name} tuning, {recipe.optimizer.name}, lr {recipe.optimizer.lr:g} "
-            f"{recipe.schedule.name}, clip {recipe.clip:g}, {recipe.precision}, seed {recipe.seed}",
+            f"{recipe.schedule.name}, clip {recipe.clip:g}, {recipe.precision}, {_unusual(recipe)}"
+            f"seed {recipe.seed}",
         ),
         ("device", f"{recipe.device}, {recipe.threads} threads"),
         ("memory", memory_line(ledger.peak, parse_bytes(recipe.memory))),
     ]
+
+
+def _unusual(recipe: Recipe) -> str:
+    """Name the pieces that most runs do not change, each before a comma."""
+    chosen = {
+        f"{recipe.weights.name} weights": recipe.weights.name != "dense",
+        f"{recipe.gradient.name} gradient": recipe.gradient.name != "backprop",
+        recipe.activations.name: recipe.activations.name != "everything",
+        f"{recipe.activations.loss} loss": recipe.activations.loss != "logits",
+        "fused backward": recipe.optimizer.fused_backward,
+    }
+    return "".join(f"{name}, " for name, is_chosen in chosen.items() if is_chosen)
 
 
 def data_line(corpus: Corpus) -> str:
@@ -107,12 +120,13 @@ def done_lines(job: Job, run: Run) -> Lines:
     return lines
 
 
-def next_commands(run: Run) -> list[str]:
+def next_commands(job: Job, run: Run) -> list[str]:
     """Return commands worth trying next."""
     own_text = bool(run.recipe.data.path)
     prompt = "The " if own_text else "import "
+    said = "--chat --prompt 'Hello'" if job.prepared.corpus.kind == "chat" else f"--prompt '{prompt}'"
     return [
-        f"scrimp generate {run.out} --prompt '{prompt}'",
+        f"scrimp generate {run.out} {said}",
         f"scrimp verify {run.out}",
         f"scrimp train --model {run.out} --data MORE_TEXT" if own_text else "scrimp train --data YOUR_TEXT",
     ]

@@ -303,7 +303,7 @@ def _write_ledgers(job: Job, watch: Watch, folder: RunFolder) -> None:
 def keep_sample(job: Job, folder: RunFolder, reporter: Reporter) -> str:
     """Let the model write a little when all else of the run is safe, and keep it."""
     reporter.phase("making a sample", None)
-    text = kept_sample(job.model, job.prepared.tokenizer)
+    text = kept_sample(job.model, job.prepared.tokenizer, job.prepared.corpus.kind)
     files.write_atomic(folder.sample, text)
     return text
 

@@ -15,6 +15,8 @@ from scrimp.data import separator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from scrimp.data.documents import Kind
+
 KEPT_TOKENS = 160
 KEPT_SEED = 1
 
@@ -77,17 +79,19 @@ def sample(
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
-def kept_sample(model: PreTrainedModel, tokenizer: Any) -> str:
-    """Return the sample that a run shows at its end and keeps: the start of a document, by the same draws.
+def kept_sample(model: PreTrainedModel, tokenizer: Any, kind: Kind = "text") -> str:
+    """Return the sample that a run shows at its end and keeps, by the same draws.
 
     A model of bytes says control characters too, and a terminal would obey them: they are replaced.
 
     Args:
         model: The finished model; it is left as it was.
         tokenizer: Its tokenizer.
+        kind: What it was trained on: it begins a document, or answers a greeting.
     """
     try:
-        text = sample(model, tokenizer, text_prompt(tokenizer, ""), tokens=KEPT_TOKENS, seed=KEPT_SEED)
+        prompt = chat_prompt(tokenizer, "Hello") if kind == "chat" else text_prompt(tokenizer, "")
+        text = sample(model, tokenizer, prompt, tokens=KEPT_TOKENS, seed=KEPT_SEED)
     except ScrimpError as error:  # a finished run is no place to fail for want of a sample
         return f"(none: {error})"
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)

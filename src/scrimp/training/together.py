@@ -26,7 +26,7 @@ from scrimp import recipe as recipes
 from scrimp.activations.recompute import is_random
 from scrimp.base import files
 from scrimp.base.errors import Interrupted, ScrimpError
-from scrimp.base.units import parse_bytes
+from scrimp.base.units import format_bytes, parse_bytes
 from scrimp.build import Base, Inputs, Job, Prepared, build, make_base
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.observer import PeakMeter
@@ -182,6 +182,7 @@ def _run(
         together.out = out
         with trimming(together.trunk, heap), stopper.deferring():
             together.run()
+        expected, peak = predicted(planned), meter.read()
         found = {}
         for each, loop in zip(planned, together.loops, strict=True):
             assert loop.metrics is not None
@@ -189,6 +190,8 @@ def _run(
             sample = single.keep_sample(loop.job, each.folder, reporter)
             found[each.member.name] = replace(done, sample=sample)
             reporter.note(_ending(each.member.name, done))
+        error = f"{expected / peak - 1:+.1%}"
+        reporter.note(f"peak memory {format_bytes(peak)} (predicted {format_bytes(expected)}, {error})")
         return found
 
 
@@ -279,7 +282,10 @@ def _begin(
         opened.enter_context(single.clean_on_failure(each.folder, each.member.start, point))
         single.write_recipe(job, each.folder)
         loops.append(_loop(each, job, point, meter, reporter, stopper, opened))
-    reporter.plan(jobs[0])
+    for each, job in zip(planned, jobs, strict=True):
+        reporter.note(f"{each.member.name}, as if alone:")
+        reporter.plan(job)
+    reporter.note(f"together, over one base: about {format_bytes(predicted(planned))}")
     return Together.over(
         base.model,
         loops,

@@ -61,7 +61,8 @@ def find_targets(model: nn.Module, targets: Sequence[str], *, tune: str) -> list
         what = f"target {missing[0]!r}" if missing else f"target {ALL_LINEAR!r}"
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear)) or "none"
         raise ScrimpError(
-            f"tune {tune}: {what} matches no linear layer of {type(model).__name__}; there are: {there}"
+            f"tune {tune}: {what} matches no linear layer of {type(model).__name__}; there are: {there}; "
+            "correct --tune.targets"
         )
     return [
         Place(name, name.rpartition(".")[2], number, within.get(id(linear[name]), -1), linear[name])
