@@ -70,12 +70,12 @@ def choose_start(recipe: Recipe, *, out: Path | None, resume: bool, overwrite: b
             resuming=True,
             recorded=stored.recorded,
         )
+    folder.check_free(overwrite=overwrite)
     if resume and not {*flat(recipe, stated_only=True)} - {*MAY_CHANGE}:
         raise ScrimpError(
             f"--resume: {out} holds no run to go on with: correct --out, or say what to run there (a recipe, "
             "--model or --data)"
         )
-    folder.check_free(overwrite=overwrite)
     return Start(recipe=recipe, folder=folder, asked_to_resume=resume, overwrite=overwrite)
 
 
