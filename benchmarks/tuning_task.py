@@ -8,9 +8,9 @@ the first 8 layers of the model on the same tokens; the best-known ones train th
 layers alone predict nothing, so they are healed first: a short run on other source, the same for all. Each
 side may try three learning rates around its usual one on a prefix of the tokens (one more where the best lies
 at the edge). The rate with the lowest loss on validation questions then trains on all of them, the whole
-model too, and the share of the questions answered rightly is the score (`_keyword_task.py`). Scores do not
-depend on what else the machine does; tokens/s and peak memory do, and are measured apart, in turns, every
-run a process of its own.
+model too, or the next lower one where that leaves the model worse than the prefix did. The share of the
+questions answered rightly is the score (`_keyword_task.py`). Scores do not depend on what else the machine
+does; tokens/s and peak memory do, and are measured apart, in turns, every run a process of its own.
 
 Runs that lie in `--out` are not done again, so it can be stopped at any time, and a catalogue that has grown
 costs only what is new. A run that failed is tried again.
@@ -161,11 +161,16 @@ class Work:
     def _scored(self, side: Side, do: Do) -> dict[str, Any]:
         """Return what a side's search and its run found, as far as `do` does them."""
         trials = {} if side.centre is None else self._search(replace(side, model=CUT), do)
-        lr = _best(trials)
+        best = _best(trials)
         tried = [{"lr": lr, "loss": _validation(found)} for lr, found in sorted(trials.items())]
-        if lr is None and side.centre is not None:
+        if best is None and side.centre is not None:
             return {"lr": None, "trials": tried, "why": next((f["why"] for f in trials.values()), "not done")}
-        found = do(self._task(side, lr=lr, tokens=self.tokens, asks=[QUESTIONS])) or {"why": "not done"}
+        # Where all tokens leave it worse than the prefix did, the rate was too high for that long.
+        for lr in [None] if best is None else sorted((lr for lr in trials if lr <= best), reverse=True):
+            found = do(self._task(side, lr=lr, tokens=self.tokens, asks=[QUESTIONS])) or {"why": "not done"}
+            after = found.get(QUESTIONS, {}).get("loss", math.inf)
+            if lr is None or "status" not in found or after < (_validation(trials[lr]) or math.inf):
+                break
         return {"lr": lr, "trials": tried, **found}
 
     def _search(self, side: Side, do: Do) -> dict[float, dict[str, Any]]:
