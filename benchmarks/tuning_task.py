@@ -8,9 +8,10 @@ the first 8 layers of the model on the same tokens; the best-known ones train th
 layers alone predict nothing, so they are healed first: a short run on other source, the same for all. Each
 side may try three learning rates around its usual one on a prefix of the tokens (one more where the best lies
 at the edge). The rate with the lowest loss on validation questions then trains on all of them, the whole
-model too, or the next lower one where that leaves the model worse than the prefix did. The share of the
-questions answered rightly is the score (`_keyword_task.py`). Scores do not depend on what else the machine
-does; tokens/s and peak memory do, and are measured apart, in turns, every run a process of its own.
+model too, or the next lower one where that leaves the model worse than the prefix did, or than a guess.
+The share of the questions answered rightly is the score (`_keyword_task.py`). Scores do not depend on what
+else the machine does; tokens/s and peak memory do, and are measured apart, in turns, every run a process of
+its own.
 
 Runs that lie in `--out` are not done again, so it can be stopped at any time, and a catalogue that has grown
 costs only what is new. A run that failed is tried again.
@@ -53,6 +54,7 @@ SPEED_STEPS = 6
 MODELS = (CUT, WHOLE)
 HEAL_TOKENS, HEAL_LR = 80_000, 5e-4
 GAIN = 0.2
+GUESS = math.log(len(KEYWORDS))  # nats
 OPTIMIZERS = ("adamw", "adamw-8bit", "lion", "adafactor", "galore", "fira", "apollo-mini")
 ON_WHOLE = ("lora", "dora", "pissa", "adamw", "qlora")
 FULL_LR = 2e-4  # where the search begins for full fine-tuning; the catalogue says how others' rates compare
@@ -165,11 +167,11 @@ class Work:
         tried = [{"lr": lr, "loss": _validation(found)} for lr, found in sorted(trials.items())]
         if best is None and side.centre is not None:
             return {"lr": None, "trials": tried, "why": next((f["why"] for f in trials.values()), "not done")}
-        # Where all tokens leave it worse than the prefix did, the rate was too high for that long.
+        # Where all tokens leave it worse than the prefix did, or than a guess, that rate was too high.
         for lr in [None] if best is None else sorted((lr for lr in trials if lr <= best), reverse=True):
             found = do(self._task(side, lr=lr, tokens=self.tokens, asks=[QUESTIONS])) or {"why": "not done"}
             after = found.get(QUESTIONS, {}).get("loss", math.inf)
-            if lr is None or "status" not in found or after < (_validation(trials[lr]) or math.inf):
+            if lr is None or "status" not in found or after < min(_validation(trials[lr]) or math.inf, GUESS):
                 break
         return {"lr": lr, "trials": tried, **found}
 
