@@ -9,7 +9,7 @@ in the backward pass. Here the product's own epilogue scales and adds, and what 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -37,7 +37,7 @@ class FusedLinear(Linear):
         if name is None or args or kwargs:
             whole: Tensor = super().forward(x, *args, **kwargs)
             return whole
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a, b = cast("Tensor", self.lora_A[name].weight), cast("Tensor", self.lora_B[name].weight)
         frozen: Tensor = self.base_layer(x)
         x = self.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
         inner = x.flatten(0, -2) @ a.T
