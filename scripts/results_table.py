@@ -288,8 +288,9 @@ def _tuning_task(document: Document) -> str:
     sentence = (
         f"{task['questions']} questions, which of {len(task['keywords'])} keywords comes next in a piece of "
         f"source (chance: {task['chance']:.0%}), after {results['tokens']:,} tokens in sequences of "
-        f"{results['seq']}. `cut` is the first 8 layers of SmolLM2-135M, healed. A learning rate with a star "
-        "lies at the edge of its search."
+        f"{results['seq']}. `cut` is the first 8 layers of SmolLM2-135M, healed by a short run on other "
+        "source; `whole` is all 30, at the rates found for the cut one. A learning rate with a star lies at "
+        "the edge of its search."
     )
     picture = "![Score, peak memory and tokens/s of every method](assets/tuning-task.svg)"
     heads = ("method", "model", "right", "loss", "trained", "tokens/s", "peak, MB", "learning rate")

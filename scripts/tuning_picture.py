@@ -33,7 +33,8 @@ PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
 
 def draw(document: dict[str, Any]) -> bytes:
     """Return the picture of a result as an SVG, the same bytes for the same result and matplotlib."""
-    rows = sorted(document["results"]["rows"], key=lambda row: (row["model"], -(row["score"] or 0)))
+    done = [row for row in document["results"]["rows"] if row["score"] is not None]
+    rows = sorted(done, key=lambda row: (row["model"], -row["score"]))
     rows.reverse()  # the lowest bar is drawn first
     style: Any = dict(STYLE)
     with mpl.rc_context(style):
