@@ -17,6 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from scrimp.base.errors import ScrimpError
 from scrimp.memory.extrapolate import NotAligned, deepen, lines_of, points_of
 from scrimp.memory.profile import StepProfile, highest, step_profile
 from scrimp.memory.profiling import Tracer, _depths, _with_layers
@@ -120,6 +121,14 @@ def test_traces_that_do_not_match_are_refused() -> None:
     deep = trace_micro_batch(recipe, _with_layers(gpt2, 4), rows=2)
     with pytest.raises(NotAligned):
         deepen(shallow, deep, layers=(3, 4), wanted=LAYERS)
+
+
+def test_an_adapter_that_shallow_models_are_too_small_for_is_traced_whole() -> None:
+    config, recipe = FAMILIES["llama"], make_recipe(tune__name="mos", tune__rank=8)
+    with pytest.raises(ScrimpError, match="public ones"):
+        trace_micro_batch(recipe, _with_layers(config, 3), rows=2)
+    profile = Tracer(config).step(recipe, 2)
+    assert peaks(profile, 2) == peaks_of(trace_micro_batch(recipe, config, rows=2))
 
 
 def test_an_optimizer_is_counted_to_the_byte() -> None:

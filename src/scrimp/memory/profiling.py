@@ -198,7 +198,8 @@ class Tracer:
         alike = recipe.tune.name == "full" or piece("tune", recipe.tune.name).freezes_base
         depths = _depths(self._config, self._layers) if alike else None
         if depths is not None:
-            with suppress(NotAligned, Unresizable):
+            # An adapter may need more layers than these, such as one whose layers share a pool.
+            with suppress(NotAligned, Unresizable, ScrimpError):
                 curves = [trace(_with_layers(self._config, depth)) for depth in depths]
                 points = deepen(curves[0], curves[1], layers=depths, wanted=self._layers)
                 efforts = [_costs(curve) for curve in curves]
