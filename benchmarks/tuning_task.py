@@ -37,7 +37,7 @@ from _keyword_task import KEYWORDS, QUESTIONS, TRAIN, VALIDATION
 from _tuning_run import CUT, WHOLE
 
 from scrimp.base import files, platform
-from scrimp.bench.machine import LoadWatch
+from scrimp.bench.machine import BUSY_OTHERS_SHARE, LoadWatch
 from scrimp.bench.protocol import rates
 from scrimp.bench.suites import NO_LIMIT, STATED
 from scrimp.methods import METHODS, piece
@@ -196,7 +196,9 @@ class Work:
         task = self._timed(side, turn)
         watch, found = LoadWatch(), self._do(task)
         if "busy" not in found:
-            files.write_json(self._place(task) / "result.json", {**found, "busy": watch.end()[1]})
+            # The load before it is that of the run before it.
+            busy = watch.others_share() > BUSY_OTHERS_SHARE
+            files.write_json(self._place(task) / "result.json", {**found, "busy": busy})
             say(f"{side.model} {side.name}: {found.get('tokens_per_s', found.get('why'))} tokens/s")
 
     def row(self, side: Side) -> dict[str, Any]:
