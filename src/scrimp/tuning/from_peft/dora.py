@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from scrimp.base.protocols import QuantizedParameter
+from scrimp.tuning.from_peft.fused_lora import is_plain
 
 BLOCK = 1 << 20  # elements of W that are decoded or widened at once
 
@@ -54,14 +55,8 @@ def factor_norms(model: nn.Module) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         for name, variant in layer.lora_variant.items():
-            if type(variant) is DoraLinearVariant and _is_plain(layer, name):
+            if type(variant) is DoraLinearVariant and is_plain(layer, name):
                 _swap(layer, name)
-
-
-def _is_plain(layer: Any, name: str) -> bool:
-    """Tell whether the adapter's parts are what the equations speak of: FSDP puts its own around them."""
-    parts = layer.lora_A[name], layer.lora_B[name]
-    return all(type(part) is nn.Linear and part.bias is None for part in parts)
 
 
 @torch.no_grad()
@@ -140,7 +135,7 @@ class FactoredDora(DoraLinearVariant):
             x: (..., in).
             result: The output so far, (..., out).
         """
-        if not _is_plain(module, active_adapter):
+        if not is_plain(module, active_adapter):
             whole: Tensor = DoraLinearVariant.forward(module, active_adapter, x, result)
             return whole
         dropout = module.lora_dropout[active_adapter]

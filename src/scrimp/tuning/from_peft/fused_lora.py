@@ -28,6 +28,12 @@ def fuse(model: nn.Module) -> None:
             layer.__class__ = FusedLinear
 
 
+def is_plain(layer: Any, name: str) -> bool:
+    """Tell whether an adapter's parts are what the equations speak of: FSDP puts its own around them."""
+    parts = layer.lora_A[name], layer.lora_B[name]
+    return all(type(part) is nn.Linear and part.bias is None for part in parts)
+
+
 class FusedLinear(Linear):
     """peft's layer, of which only the forward pass is another, and only where one adapter is at work."""
 
@@ -52,6 +58,4 @@ class FusedLinear(Linear):
         (name,) = self.active_adapters
         if name not in self.lora_A or name in self.lora_variant:
             return None
-        parts = self.lora_A[name], self.lora_B[name]
-        # FSDP puts its own around them.
-        return name if all(type(part) is nn.Linear and part.bias is None for part in parts) else None
+        return name if is_plain(self, name) else None
