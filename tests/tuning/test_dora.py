@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.tuning.two_linear import IN, OUT, TOKENS, Two, assert_same, outcome
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,20 +20,6 @@ from scrimp.weights.affine8 import Affine8
 from scrimp.weights.int8_weight import Int8Weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
-IN, OUT, TOKENS = 24, 40, 11
-
-
-class Two(nn.Module):
-    """Two linear layers, the first with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(IN, OUT), nn.Linear(OUT, IN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).tanh())
-        return y
 
 
 def _trained(model: nn.Module, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
@@ -63,25 +49,6 @@ def _factor(model: nn.Module, layers: int = 2) -> None:
     assert sum(isinstance(module, FactoredMagnitude) for module in model.modules()) == layers
 
 
-def _run(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the output and every gradient of a loss that weights all outputs differently."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)  # of dropout
-    y = model(x) if call is None else call(model, x)
-    (y.float() * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert x.grad is not None
-    return {"output": y.detach(), "x": x.grad, **gradients}
-
-
-def _assert_same(mine: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
-    assert mine.keys() == other.keys()
-    for name, value in other.items():
-        error = (mine[name] - value).abs().max() / value.abs().max()
-        assert error <= tolerance, f"{name}: {error:.1e}"
-        assert mine[name].dtype == value.dtype, name
-
-
 def _x(dtype: torch.dtype = torch.float64, *lead: int) -> Tensor:
     return torch.randn(*(lead or (TOKENS,)), IN, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -93,9 +60,9 @@ def test_outputs_and_gradients_are_pefts(
 ) -> None:
     ours, theirs = _both(dtype, **settings)
     x = _x(dtype, 2, TOKENS)
-    mine = _run(ours.train(), x)
+    mine = outcome(ours.train(), x)
     assert any("magnitude" in name for name in mine)
-    _assert_same(mine, _run(theirs.train(), x), tolerance)
+    assert_same(mine, outcome(theirs.train(), x), tolerance)
     assert torch.allclose(ours.eval()(x), theirs.eval()(x), rtol=tolerance, atol=tolerance)
 
 
@@ -109,7 +76,7 @@ def test_several_active_adapters_add_up_as_in_peft() -> None:
     theirs.double()
     ours = copy.deepcopy(theirs)
     _factor(ours, 3)
-    _assert_same(_run(ours, _x()), _run(theirs, _x()), 1e-13)
+    assert_same(outcome(ours, _x()), outcome(theirs, _x()), 1e-13)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -120,7 +87,7 @@ def test_recomputation_gives_the_same_gradients(reentrant: bool) -> None:
         y: Tensor = checkpoint(model, x, use_reentrant=reentrant)
         return y
 
-    _assert_same(_run(ours, _x(), again), _run(theirs, _x()), 1e-13)
+    assert_same(outcome(ours, _x(), again), outcome(theirs, _x()), 1e-13)
 
 
 def test_norms_are_those_of_the_dense_matrix() -> None:
@@ -153,7 +120,7 @@ def test_bf16_loses_no_more_than_the_output_is_rounded_to() -> None:
     with torch.no_grad():
         added = layer(x).double() - reference(x.double())
     assert added.abs().max() / reference(x.double()).abs().max() < 2**-7
-    mine, truth = _run(ours, x), _run(exact, x.double())
+    mine, truth = outcome(ours, x), outcome(exact, x.double())
     for name, value in truth.items():
         assert (mine[name].double() - value).norm() / value.norm() < 0.02, name
 
@@ -166,9 +133,9 @@ def test_autocast_computes_in_its_dtype_and_leaves_fp32_gradients() -> None:
             y: Tensor = model(x)
         return y
 
-    mine = _run(ours, _x(torch.float32), mixed)
+    mine = outcome(ours, _x(torch.float32), mixed)
     assert mine["output"].dtype == torch.bfloat16
-    _assert_same(mine, _run(theirs, _x(torch.float32), mixed), 0.03)
+    assert_same(mine, outcome(theirs, _x(torch.float32), mixed), 0.03)
 
 
 def test_what_is_saved_and_merged_is_plain_pefts(tmp_path: Path) -> None:
@@ -216,7 +183,7 @@ def test_transposed_weights_are_read_as_pefts() -> None:
     )
     ours = copy.deepcopy(theirs)
     _factor(ours)
-    _assert_same(_run(ours, _x()), _run(theirs, _x()), 1e-13)
+    assert_same(outcome(ours, _x()), outcome(theirs, _x()), 1e-13)
 
 
 def test_a_quantised_base_weight_is_read_as_what_it_decodes_to() -> None:
@@ -228,7 +195,7 @@ def test_a_quantised_base_weight_is_read_as_what_it_decodes_to() -> None:
                 coded.dequantize() if decodes else coded, requires_grad=False
             )
     x = _x(torch.float32)
-    _assert_same(_run(ours, x), _run(theirs, x), 2e-6)
+    assert_same(outcome(ours, x), outcome(theirs, x), 2e-6)
 
 
 def test_frozen_parts_get_no_gradient_and_the_rest_stays_right() -> None:
@@ -237,17 +204,17 @@ def test_frozen_parts_get_no_gradient_and_the_rest_stays_right() -> None:
         for model in (ours, theirs):
             for name, p in model.named_parameters():
                 p.requires_grad_("lora" in name and frozen not in name)
-        _assert_same(_run(ours, _x()), _run(theirs, _x()), 1e-13)
+        assert_same(outcome(ours, _x()), outcome(theirs, _x()), 1e-13)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
 def test_a_compiled_layer_is_one_graph() -> None:
     ours, _ = _both(torch.float32)
-    eager = _run(ours, _x(torch.float32))
+    eager = outcome(ours, _x(torch.float32))
     for p in ours.parameters():
         p.grad = None
     compiled = torch.compile(ours.base_model.model, fullgraph=True, dynamic=True, backend="aot_eager")
-    _assert_same(_run(ours, _x(torch.float32), lambda _, x: compiled(x)), eager, 1e-6)
+    assert_same(outcome(ours, _x(torch.float32), lambda _, x: compiled(x)), eager, 1e-6)
 
 
 def test_an_output_may_be_changed_in_place() -> None:
@@ -259,7 +226,7 @@ def test_an_output_may_be_changed_in_place() -> None:
     theirs = _trained(InPlace(), target_modules=["first", "second"])
     ours = copy.deepcopy(theirs)
     _factor(ours)
-    _assert_same(_run(ours, _x()), _run(theirs, _x()), 1e-13)
+    assert_same(outcome(ours, _x()), outcome(theirs, _x()), 1e-13)
 
 
 def test_embeddings_stay_pefts_and_a_llama_trains() -> None:

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.tuning.two_linear import IN, OUT, TOKENS, Two, assert_same, outcome
 from torch import Tensor, nn
 
 from scrimp.memory.allocator import allocator_events
 from scrimp.tuning.from_peft.fused_lora import FusedLinear, fuse
-
-IN, OUT, TOKENS = 24, 40, 11
-
-
-class Two(nn.Module):
-    """Two linear layers, the first with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(IN, OUT), nn.Linear(OUT, IN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).tanh())
-        return y
 
 
 def both(dtype: torch.dtype = torch.float64, *, mixed: bool = False, **settings: Any) -> tuple[Any, Any]:
@@ -43,33 +29,14 @@ def both(dtype: torch.dtype = torch.float64, *, mixed: bool = False, **settings:
     return ours, theirs
 
 
-def outcome(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the output, and every gradient of a loss that weights all outputs differently."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)  # of dropout
-    y = model(x) if call is None else call(model, x)
-    (y.float() * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
-    assert x.grad is not None
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"output": y.detach(), "x": x.grad, **gradients}
-
-
-def check(mine: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
-    assert mine.keys() == other.keys()
-    for name, value in other.items():
-        assert mine[name].dtype == value.dtype and mine[name].shape == value.shape
-        error = (mine[name] - value).abs().max() / value.abs().max()
-        assert error < tolerance, f"{name}: {error}"
-
-
 @pytest.mark.parametrize("shape", [(TOKENS,), (2, TOKENS), (2, 3, TOKENS)], ids=len)
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_dropout": 0.4}], ids=str)
 def test_outputs_and_gradients_are_pefts(shape: tuple[int, ...], settings: dict[str, Any]) -> None:
     ours, theirs = both(**settings)
     assert sum(type(module) is FusedLinear for module in ours.modules()) == 2
     x = torch.randn(*shape, IN, dtype=torch.float64)
-    check(outcome(ours, x), outcome(theirs, x), 1e-13)
-    check(outcome(ours.eval(), x), outcome(theirs.eval(), x), 1e-13)
+    assert_same(outcome(ours, x), outcome(theirs, x), 1e-13)
+    assert_same(outcome(ours.eval(), x), outcome(theirs.eval(), x), 1e-13)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["bf16", "bf16 base, fp32 adapter"])
@@ -97,7 +64,7 @@ def test_autocast_gives_what_it_gives_peft() -> None:
         return y
 
     x = torch.randn(3, TOKENS, IN)
-    check(outcome(ours, x, run), outcome(theirs, x, run), 2e-2)
+    assert_same(outcome(ours, x, run), outcome(theirs, x, run), 2e-2)
 
 
 def test_a_disabled_adapter_and_a_second_one_are_pefts() -> None:
