@@ -293,6 +293,7 @@ def build(
     if not empty:  # a checkpoint's model was tried when it was new
         check_model(made.model, recipe, device)
     optimizer = make_optimizer(recipe, made.model)
+    placement.place_state(optimizer, prepared.inputs.cache)
     return Job(
         recipe=recipe,
         prepared=prepared,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scrimp.base.errors import ScrimpError
+from scrimp.methods import piece
 from scrimp.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def check_tune(made: Assembly, recipe: Recipe) -> None:
         raise ScrimpError(
             f"tune {recipe.tune.name} changes gradients before the step, and updates in the backward pass "
             "come too early for it: leave --optimizer.fused-backward out"
+        )
+    is_away = recipe.device != "cpu" and piece("placement", recipe.placement.name).pages_state
+    if is_away and getattr(tune, "needs_step", False):
+        raise ScrimpError(
+            f"tune {recipe.tune.name} works on the optimizer's state besides the updates, and "
+            f"placement {recipe.placement.name} keeps that on the host: leave --placement out"
         )
     if recipe.tune.merge and not tune.is_mergeable:
         raise ScrimpError(

@@ -98,6 +98,7 @@ def test_a_prompt_is_trained_before_the_text_and_runs_with_its_base(
         ("--tune full --weights nf4", "never train"),
         ("--tune lora --model.init scratch", "starts from random weights"),
         ("--tune lora-plus --optimizer.fused-backward --clip 0", "leave --optimizer.fused-backward out"),
+        ("--tune sft --optimizer.fused-backward --clip 0", "leave --optimizer.fused-backward out"),
     ],
 )
 def test_what_could_not_be_done_afterwards_is_refused_before(

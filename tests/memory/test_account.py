@@ -55,3 +55,21 @@ def test_on_a_gpu_the_host_holds_the_model_while_it_is_loaded_and_saved() -> Non
     assert places["load"]["host"] == {"weights": parts.size.weights, "temporaries": 55}
     assert places["save"]["host"] == {"temporaries": parts.size.weights}
     assert found.peak_at("disk") == sum(places["save"]["disk"].values())
+
+
+def test_paged_state_lies_elsewhere_but_for_what_an_update_needs() -> None:
+    wide = LlamaConfig(**{**SIZES, "hidden_size": 128, "intermediate_size": 256}, **HEADS)
+    parts = make_parts(wide)
+    whole, state = parts.optimizer, parts.optimizer.state
+    assert 0 < whole.at_hand < whole.paged < state
+    plain = ledger(parts, RECIPE)
+    for device, place in (("cpu", "disk"), ("cuda", "host")):
+        found = ledger(parts, replace(RECIPE, {"placement.name": "paged-state", "device": device}))
+        for moment, before in zip(found.moments[1:], plain.moments[1:], strict=True):
+            at_hand = whole.at_hand if moment.name == "optimizer step" else 0
+            assert moment.terms["optimizer state"] == state - whole.paged + at_hand
+            assert before.terms["optimizer state"] == state
+            assert moment.elsewhere[place]["optimizer state"] >= whole.paged
+    inside = replace(RECIPE, {"placement.name": "paged-state", "optimizer.fused_backward": True, "clip": 0})
+    terms = {moment.name: moment.terms["optimizer state"] for moment in ledger(parts, inside).moments[1:]}
+    assert terms["backward"] == terms["forward"] + whole.at_hand

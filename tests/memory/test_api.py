@@ -97,6 +97,18 @@ def test_a_piece_that_is_added_to_the_catalogue_takes_part(monkeypatch: pytest.M
     assert "a test gives up nothing" in found["another"].gives_up
 
 
+def test_state_leaves_the_device_where_nothing_else_fits_and_never_before() -> None:
+    everything = memory.plan(make_recipe(), "1GiB")
+    assert {c.recipe.placement.name for c in everything.candidates} == {"device"}
+    least = everything.candidates[-1]
+    found = memory.plan(make_recipe(), f"{least.needed - 2**20}B")
+    assert {c.recipe.placement.name for c in found.candidates} == {"device", "paged-state"}
+    assert found.chosen is not None and found.chosen.recipe.placement.name == "paged-state"
+    assert found.chosen.needed < least.needed and "paged-state" in found.chosen.name
+    stated = memory.plan(make_recipe(placement__name="device"), f"{least.needed - 2**20}B")
+    assert stated.chosen is None
+
+
 def test_host_and_disk_are_budgets_too() -> None:
     recipe = make_recipe(device="cuda", precision="bf16")
     free = memory.plan(recipe, "8GiB")

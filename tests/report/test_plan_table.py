@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from scrimp.memory.planner import Answer, Candidate, Plan, claim
+from scrimp.memory.planner import Answer, Candidate, Plan
+from scrimp.memory.reasons import claim
 from scrimp.report.plan_table import ROWS, print_plan, shown, write
 
 MakePlan = Callable[..., Plan]

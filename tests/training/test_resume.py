@@ -15,6 +15,7 @@ from tests.training.conftest import write_gpt2, write_text
 from scrimp.base import files
 from scrimp.base.errors import ScrimpError
 from scrimp.data import byte_tokenizer
+from scrimp.optim import paging
 from scrimp.training import loop
 from scrimp.training.metrics import read_metrics
 
@@ -67,6 +68,15 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(lab: Lab, changes: d
     every = recipe.checkpoint.every or 1
     assert f"going on after step {(6 - 1) // every * every} of 8" in reporter.notes
     assert_same(lab, "run")
+
+
+def test_paged_state_goes_on_exactly_and_changes_no_bit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paging, "SMALL", 1)
+    lab.train(lab.recipe(steps=8), "whole")
+    recipe = lab.recipe(steps=8, **{"placement.name": "paged-state", "checkpoint.every": 2})
+    stop_after(lab, 6, recipe)
+    lab.train(recipe, resume=True)
+    assert lab.weights("run") == lab.weights("whole")
 
 
 def test_dropout_goes_on_where_it_was(lab: Lab) -> None:

@@ -133,11 +133,21 @@ class Activations(Protocol):
         """Return a context for the forward and backward pass of one optimizer step."""
 
 
+class PagesState(Protocol):
+    """An optimizer whose state can leave the device between updates."""
+
+    def page_state(self, folder: Path) -> None:
+        """Keep it off the device, on a CPU in files in `folder`."""
+
+
 class Placement(Protocol):
     """`placement`: where tensors live."""
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Move a model to where it trains."""
+
+    def place_state(self, optimizer: PagesState, folder: Path) -> None:
+        """Say where an optimizer's state lives, before it has any; files go into `folder`."""
 
     def context(self) -> AbstractContextManager[None]:
         """Return a context for the forward and backward pass of one optimizer step."""

@@ -21,6 +21,7 @@ SHORT = {
     "tune.name": "--tune",
     "tune.merge": "--merge",
     "optimizer.name": "--optimizer",
+    "placement.name": "--placement",
     "optimizer.lr": "--lr",
 }
 _PREFIX = "field_"

@@ -15,10 +15,11 @@ Weights and optimizer state are held at all of them but the first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scrimp.base.ledger import Ledger, Moment, Place, Term
 from scrimp.memory.profile import EvaluationProfile, Line, ModelSize, OptimizerProfile, StepProfile, highest
+from scrimp.methods import piece
 from scrimp.recipe import Recipe
 
 TRACED_ERROR = 0.03  # of the peak: the largest seen against allocator and resident memory, rounded up
@@ -61,18 +62,32 @@ def ledger(parts: Parts, recipe: Recipe) -> Ledger:
     """
     answers = tuple(f"assumed about a value: {answer}" for answer in parts.step.answers)
     error = ASSUMED_ERROR if answers else TRACED_ERROR
-    return Ledger(tuple(_moments(parts, recipe)), basis="traced", error=error, notes=answers)
+    pages_state = piece("placement", recipe.placement.name).pages_state
+    paged = parts.optimizer.paged if pages_state else 0
+    place: Place = "disk" if recipe.device == "cpu" else "host"
+    moments = (_beside(moment, place, paged) for moment in _moments(parts, recipe, paged))
+    return Ledger(tuple(moments), basis="traced", error=error, notes=answers)
 
 
-def _moments(parts: Parts, recipe: Recipe) -> Iterator[Moment]:
+def _beside(moment: Moment, place: Place, paged: int) -> Moment:
+    """Return a moment at which so much optimizer state lies at a place beside the device."""
+    if not paged or moment.name == "load":
+        return moment
+    there = dict(moment.elsewhere.get(place, {}))
+    there["optimizer state"] = there.get("optimizer state", 0) + paged
+    return replace(moment, elsewhere={**moment.elsewhere, place: there})
+
+
+def _moments(parts: Parts, recipe: Recipe, paged: int) -> Iterator[Moment]:
     assert recipe.batch is not None and recipe.micro_batch is not None
     size, optimizer, rows = parts.size, parts.optimizer, recipe.micro_batch
     loaded: dict[Term, int] = {"fixed": parts.fixed, "weights": max(size.loaded, size.weights)}
     always: dict[Term, int] = {
         "fixed": parts.fixed + parts.slack,
         "weights": size.weights,
-        "optimizer state": optimizer.state,
+        "optimizer state": optimizer.state - paged,
     }
+    updating = {**always, "optimizer state": optimizer.state - paged + (optimizer.at_hand if paged else 0)}
     on_gpu = recipe.device == "cuda"
     load: dict[Place, Mapping[Term, int]] = {}
     if on_gpu:
@@ -82,15 +97,14 @@ def _moments(parts: Parts, recipe: Recipe) -> Iterator[Moment]:
         loaded["temporaries"] = parts.file_bytes
     yield Moment("load", loaded, load)
     several = recipe.batch > rows
-    yield from _micro_batch(parts.step.first, rows, always, ", micro-batch 1" if several else "")
+    # Inside the backward pass of a single micro-batch the gradients have gone by the step.
+    in_backward = recipe.optimizer.fused_backward and not several and not recipe.clip
+    backward = updating if in_backward else always
+    yield from _micro_batch(parts.step.first, rows, always, backward, ", micro-batch 1" if several else "")
     if several:
-        yield from _micro_batch(parts.step.later, rows, always, ", micro-batch 2")
-    # Inside the backward pass of a single micro-batch the gradients have gone by then.
-    gone = recipe.optimizer.fused_backward and not several and not recipe.clip
-    yield Moment(
-        "optimizer step",
-        {**always, "gradients": 0 if gone else size.gradients, "temporaries": optimizer.temporaries},
-    )
+        yield from _micro_batch(parts.step.later, rows, always, always, ", micro-batch 2")
+    gradients = 0 if in_backward else size.gradients
+    yield Moment("optimizer step", {**updating, "gradients": gradients, "temporaries": optimizer.temporaries})
     yield _moment("evaluation", parts.evaluation.lines, rows, always)
     yield Moment("save", always, _saved(parts, recipe, on_gpu=on_gpu))
     yield Moment("resume", {**always, "temporaries": size.largest})
@@ -98,10 +112,14 @@ def _moments(parts: Parts, recipe: Recipe) -> Iterator[Moment]:
 
 
 def _micro_batch(
-    lines: Mapping[str, tuple[Line, ...]], rows: int, always: Mapping[Term, int], suffix: str
+    lines: Mapping[str, tuple[Line, ...]],
+    rows: int,
+    always: Mapping[Term, int],
+    backward: Mapping[Term, int],
+    suffix: str,
 ) -> Iterator[Moment]:
     for name, found in lines.items():
-        yield _moment(f"{name}{suffix}", found, rows, always)
+        yield _moment(f"{name}{suffix}", found, rows, backward if name == "backward" else always)
 
 
 def _moment(name: str, lines: tuple[Line, ...], rows: int, always: Mapping[Term, int]) -> Moment:

@@ -15,7 +15,13 @@ def command_of(candidate: Candidate, asked: Recipe) -> str:
     values |= {"precision": recipe.precision, "micro_batch": recipe.micro_batch}
     default = flat(Recipe())
     shown = {n: v for n, v in values.items() if v != default[n] or n == "model.name"}
-    short = {"model.name": "model", "optimizer.name": "optimizer", "data.path": "data", "optimizer.lr": "lr"}
+    short = {
+        "model.name": "model",
+        "optimizer.name": "optimizer",
+        "placement.name": "placement",
+        "data.path": "data",
+        "optimizer.lr": "lr",
+    }
     words = [_option(f"--{short.get(n, n).replace('_', '-')}", v) for n, v in shown.items()]
     return " ".join(["scrimp train", *words])
 

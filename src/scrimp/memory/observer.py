@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scrimp.base import platform
 from scrimp.base.ledger import Ledger, Moment, Term
+from scrimp.base.paged import is_paged
 from scrimp.memory.fake import tensors_of
 from scrimp.memory.machine import CUDA_CONTEXT
 from scrimp.memory.state_bytes import state_tensors
@@ -193,7 +194,8 @@ class Observer:
         self._tracker = None
 
     def _state(self) -> list[Tensor]:
-        return [] if self.optimizer is None else state_tensors(self.optimizer)
+        held = [] if self.optimizer is None else state_tensors(self.optimizer)
+        return [t for t in held if t.device.type == self.device.type and not is_paged(t)]
 
     def _add(self, record: Record, state_before: int) -> None:
         """Account for the spans of what was just watched."""

@@ -22,9 +22,10 @@ from scrimp.memory.machine import Machine
 from scrimp.memory.predictor import Predictor, divisors, needed, prepare
 from scrimp.memory.profile import ModelSize
 from scrimp.memory.profiles import Say
+from scrimp.memory.reasons import claim, least_of
 from scrimp.memory.untraceable import Untraceable
 from scrimp.methods import METHODS, PIECES, Choice, piece
-from scrimp.recipe import Recipe, flat
+from scrimp.recipe import Recipe, flat, replace
 
 Goal = Literal["pretrain", "finetune"]
 FIELDS: dict[Choice, str] = {
@@ -83,8 +84,8 @@ class Candidate:
     def name(self) -> str:
         """What it is, in the words of the catalogue."""
         recipe = self.recipe
-        chosen = [recipe.activations.name, f"{recipe.activations.loss} loss"]
-        usual = {"everything", "logits loss"}
+        chosen = [recipe.activations.name, f"{recipe.activations.loss} loss", recipe.placement.name]
+        usual = {"everything", "logits loss", "device"}
         return ", ".join([self.method, recipe.precision, *(c for c in chosen if c not in usual)])
 
 
@@ -164,6 +165,15 @@ class Planner:
             profiles.share = done / len(recipes)
             found.append(self._candidate(method, recipe, divisors(_batch(recipe))[-1:]))
         profiles.share = None
+        # What lives elsewhere costs time that no trace tells: it is tried where nothing fits without.
+        if not any(c.fits for c in found):
+            found += [
+                self._candidate(
+                    method, replace(recipe, {FIELDS["placement"]: name}), divisors(_batch(recipe))[-1:]
+                )
+                for name in self._other_placements()
+                for method, recipe in recipes
+            ]
         # Larger micro-batches take traces of their own, and only what may be chosen is worth them.
         lowest = min((c.rank for c in found if c.fits), default=0)
         found = [
@@ -221,6 +231,10 @@ class Planner:
             if recipe is not None and recipe not in seen:
                 seen.add(recipe)
                 yield name, recipe
+
+    def _other_placements(self) -> list[str]:
+        stated = flat(self.asked, stated_only=True)
+        return [name for name in _open("placement", stated) if name != self.settled.placement.name]
 
     def _candidate(self, method: str, recipe: Recipe, sizes: Sequence[int]) -> Candidate:
         assert recipe.batch is not None
@@ -281,7 +295,7 @@ class Planner:
                 f"that this machine's {self.settled.device} has"
             )
         if chosen is None:
-            notes.append(_least(candidates, self.budget))
+            notes.append(least_of(candidates, self.budget))
         return tuple(notes)
 
 
@@ -329,11 +343,6 @@ def _batch(recipe: Recipe) -> int:
     return recipe.batch
 
 
-def claim(sentence: str) -> str:
-    """Return what a sentence claims, without its evidence."""
-    return sentence.partition(": ")[0].partition(" (")[0]
-
-
 def _chosen(stated: Mapping[str, object]) -> tuple[str, dict[str, str]]:
     """Return the method that was stated, by name and fields; where none was, the first of the catalogue."""
     found = [m for m in METHODS if all(stated.get(FIELDS[c]) == name for c, name in m.pieces.items())]
@@ -377,22 +386,3 @@ def _why(chosen: Candidate | None, candidates: Sequence[Candidate], recipe: Reci
     lost = ", ".join(map(claim, chosen.gives_up)) or "nothing"
     first = f"it gives up the least of what fits ({lost})"
     return f"{first}; {len(better)} that give up less do not fit" if better else first
-
-
-def _least(candidates: Sequence[Candidate], budget: int) -> str:
-    """Say what to give up where nothing fits."""
-    least = min(candidates, key=lambda c: c.needed)
-    peak = least.ledger.peak
-    terms = sorted(peak.terms.items(), key=lambda item: -item[1])[:3]
-    held = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
-    staying = sum(peak.terms.get(term, 0) for term in ("fixed", "weights", "optimizer state", "gradients"))
-    advice = (
-        "a smaller model or another optimizer"
-        if staying > budget
-        else "a shorter --seq, a smaller model or another optimizer"
-    )
-    return (
-        f"the least is {least.name}: {format_bytes(least.needed)}, "
-        f"of which at its peak ({peak.name}) {held}; it would take "
-        f"--memory {-(-least.needed // 2**20)}MiB, {advice}"
-    )

@@ -109,12 +109,16 @@ class OptimizerProfile:
 
     Attributes:
         state: Bytes it keeps between steps.
+        paged: Those of them that can leave the device between updates.
+        at_hand: The most of these that an update needs.
         temporaries: Most bytes it holds besides during a step, clipping included.
         flops: Floating-point operations of its products in a step.
         moved: Bytes that its other operations read and write in a step.
     """
 
     state: int
+    paged: int
+    at_hand: int
     temporaries: int
     flops: int
     moved: int

@@ -151,8 +151,11 @@ class Tracer:
                 (len(alike), _trace_updates(recipe, made.model, optimizer, *alike[0]))
                 for alike in kinds.values()
             ]
+            paged = [optimizer.plan_of(p).paged_bytes() for p, _ in groups]
             return OptimizerProfile(
                 state=sum(optimizer.plan_of(p).state_bytes() for p, _ in groups),
+                paged=sum(paged),
+                at_hand=max(paged, default=0),
                 temporaries=max((found.temporaries for _, found in traced), default=0),
                 flops=sum(count * found.flops for count, found in traced),
                 moved=sum(count * found.moved for count, found in traced),
@@ -223,6 +226,8 @@ def _trace_updates(
         record = tracker.record
     return OptimizerProfile(
         state=0,
+        paged=0,
+        at_hand=0,
         temporaries=max(_alive(record)),
         flops=record.work.flops // 2,
         moved=record.work.moved // 2,

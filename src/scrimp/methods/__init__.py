@@ -152,6 +152,14 @@ PIECES: tuple[Piece, ...] = (
         builder="scrimp.placement.device:device",
         summary="everything lives on the training device",
     ),
+    Piece(
+        choice="placement",
+        name="paged-state",
+        builder="scrimp.placement.paged_state:paged_state",
+        summary="optimizer state comes to the device a parameter at a time; on a CPU it lies in files",
+        gives_up="time: the state goes to the host and back once a step, or on a CPU through files",
+        pages_state=True,
+    ),
 )
 
 METHODS: tuple[Method, ...] = (

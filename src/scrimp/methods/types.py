@@ -26,6 +26,7 @@ class Piece:
         freezes_base: Of a way to tune: whether the model's own weights stay as they are. Of a way to keep
             weights: whether they must.
         wraps: Of a way to tune: whether it runs around the model, so that only whole logits come out.
+        pages_state: Of a placement: whether the optimizer's state is on the device only while it is used.
     """
 
     choice: Choice
@@ -38,6 +39,7 @@ class Piece:
     lr_ratio: float = 1.0
     freezes_base: bool = False
     wraps: bool = False
+    pages_state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

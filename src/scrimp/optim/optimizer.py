@@ -15,19 +15,23 @@ precision, only those that are not finite stay as they are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scrimp.base.errors import ScrimpError
+from scrimp.base.paged import wait_for_host
 from scrimp.optim import groups as given
 from scrimp.optim.describe import Row, describe_table
 from scrimp.optim.fused_adamw import fused_adamw
 from scrimp.optim.group_options import Authors, marker
 from scrimp.optim.in_backward import BackwardUpdates
+from scrimp.optim.paging import Pager
 from scrimp.optim.pieces import Entries, Target
 from scrimp.optim.plan import Compose, Plan, plan
 from scrimp.optim.update import Updater
@@ -48,6 +52,9 @@ class Optimizer(torch.optim.Optimizer):
         seed: What every random draw is derived from.
         maximize: Climb instead of descending.
         compile: Run the arithmetic as compiled functions; a first step then takes seconds.
+
+    Attributes:
+        pager: Where state lies between updates; None is the device of its parameter.
 
     Raises:
         ScrimpError: An option or a rank is not allowed; the message names the group or the matrix.
@@ -71,6 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         self._maximize, self._updater = maximize, Updater(seed, compile)
         self._plans: dict[Tensor, Plan] = {}  # empty until torch's constructor is through
         self._backward: BackwardUpdates | None = None
+        self.pager: Pager | None = None
         read = given.read(params, options=options, projected=projected, authors=authors)
         self._info = dict(read.targets)
         super().__init__(read.groups, {**options, **dict.fromkeys(projected or ()), PIECES: None})
@@ -125,7 +133,8 @@ class Optimizer(torch.optim.Optimizer):
         for p, state in self.state.items():
             found = self._plans[p]
             if state and found.misfit(state):
-                self._updater.refresh(found.oriented(p.detach()), found, state)
+                with self._at_hand(p, state) as held:
+                    self._updater.refresh(found.oriented(p.detach()), found, held)
 
     def _refuse_nothing(self) -> None:
         """Refuse a projection that reaches no matrix at all: it would be another algorithm.
@@ -204,12 +213,13 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if self._is_adamw(p) and not p.grad.is_sparse:
+                if self._is_adamw(p) and not p.grad.is_sparse and self.pager is None:
                     alike[p.device, p.dtype, self.begin(p)["step"]].append(p)
                 else:
                     self.update(p, p.grad, group)
             for params in alike.values():
-                self._update_adamw(params, [p.grad for p in params if p.grad is not None], group)
+                grads = [p.grad for p in params if p.grad is not None]
+                self._update_adamw(params, grads, [self.state[p] for p in params], group)
         return loss
 
     def fuse_backward(self, *, micro_batches: int = 1, clip: float = 0.0) -> BackwardUpdates:
@@ -250,14 +260,14 @@ class Optimizer(torch.optim.Optimizer):
             small: The gradient in the subspace, where that is all there is.
         """
         self.check(p, grad)
-        state = self.begin(p)
         if small is None:
             grad = self._downhill(grad)
-        if self._is_adamw(p):
-            self._update_adamw([p], [grad], group)
-            return
-        self._updater.update(p, grad, self._plans[p], state, group, small)
-        state["step"] += 1
+        with self._at_hand(p, self.begin(p)) as state:
+            if self._is_adamw(p):
+                self._update_adamw([p], [grad], [state], group)
+                return
+            self._updater.update(p, grad, self._plans[p], state, group, small)
+            state["step"] += 1
 
     def check(self, p: nn.Parameter, grad: Tensor) -> None:
         """Raise a ScrimpError for a gradient that no optimizer here treats."""
@@ -267,10 +277,11 @@ class Optimizer(torch.optim.Optimizer):
     def project(self, p: nn.Parameter, *, refresh: bool) -> Tensor:
         """Return a projected parameter's gradient in its subspace, which `refresh` lets be chosen anew."""
         assert p.grad is not None
-        found, state, grad = self._plans[p], self.begin(p), self._downhill(p.grad)
-        if refresh:
-            self._updater.refresh_when_due(found.oriented(grad), found, state)
-        return self._updater.project(grad, found, state)
+        found, grad = self._plans[p], self._downhill(p.grad)
+        with self._at_hand(p, self.begin(p)) as state:
+            if refresh:
+                self._updater.refresh_when_due(found.oriented(grad), found, state)
+            return self._updater.project(grad, found, state)
 
     def _downhill(self, grad: Tensor) -> Tensor:
         return -grad if self._maximize else grad
@@ -280,8 +291,9 @@ class Optimizer(torch.optim.Optimizer):
         is_ours = self._updater.is_fused(p, found)
         return found.is_adamw and p.is_contiguous() and not self._maximize and not is_ours
 
-    def _update_adamw(self, params: list[nn.Parameter], grads: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in params]
+    def _update_adamw(
+        self, params: list[nn.Parameter], grads: list[Tensor], states: list[Entries], group: dict[str, Any]
+    ) -> None:
         fused_adamw(params, grads, states, group)
         for state in states:
             state["step"] += 1
@@ -292,12 +304,38 @@ class Optimizer(torch.optim.Optimizer):
         found = self._plans[p]
         found.composition.store.prepare(p.device)
         if not state:
+            zeros = torch.zeros if self.pager is None else self.pager.zeros
             for name, (shape, dtype) in found.layout().items():
-                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+                state[name] = zeros(shape, dtype=dtype, device=p.device)
             state |= dict.fromkeys(("step", *found.counters()), 0)
         return state
 
     # ---- state ---------------------------------------------------------------------------------------
+
+    def page_state(self, folder: Path) -> None:
+        """Keep the state off the device from now on, but for the update of its parameter; see `paging`.
+
+        Args:
+            folder: Where state of parameters on a CPU has its files; they have no names, and end with it.
+        """
+        self.pager = Pager(folder)
+        for p, state in self.state.items():
+            self.pager.put_back(state, dict(state), p.device)
+
+    @contextmanager
+    def _at_hand(self, p: Tensor, state: Entries) -> Iterator[Entries]:
+        """Have a parameter's state on its device."""
+        if self.pager is None:
+            yield state
+            return
+        held = self.pager.fetch(state, p.device)
+        yield held
+        self.pager.put_back(state, held, p.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the options, as torch does; what is on its way to the host has arrived."""
+        wait_for_host(self)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state and the options that go with it; the dtype of every tensor is the pieces' own.
@@ -324,6 +362,8 @@ class Optimizer(torch.optim.Optimizer):
             layout = self._plans[p].layout(state.get("refreshed", 0)) if state else {}
             for name, (_, dtype) in layout.items():  # as it was: torch has cast it to the weight's
                 self.state[p][name] = state[name].to(p.device, dtype, copy=True)
+            if self.pager is not None and state:
+                self.pager.put_back(self.state[p], dict(self.state[p]), p.device)
         if self._backward is not None:
             self._backward.follow()
 
@@ -350,4 +390,4 @@ class Optimizer(torch.optim.Optimizer):
         kept = {name: value for name, value in vars(self).items() if "hook" not in name}
         plans = {p: replace(found, runs={}) for p, found in self._plans.items()}
         updater = Updater(self._updater.seed, self._updater.compiles)
-        return {**kept, "_backward": None, "_plans": plans, "_updater": updater}
+        return {**kept, "_backward": None, "pager": None, "_plans": plans, "_updater": updater}

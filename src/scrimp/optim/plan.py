@@ -15,6 +15,7 @@ from scrimp.base.seeds import derive
 from scrimp.optim.arithmetic import Kind, Layout, compute_dtype, decode, key
 from scrimp.optim.fused_adamw import is_adamw
 from scrimp.optim.fused_cpu import is_fused
+from scrimp.optim.paging import is_small, tensor_bytes
 from scrimp.optim.pieces import Composition, Entries, Options, Slot, Store, Target
 from scrimp.optim.stores.full import Full
 
@@ -111,7 +112,12 @@ class Plan:
 
     def state_bytes(self, step: int = 0) -> int:
         """Return the bytes of the tensors that are kept."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout(step).values())
+        return sum(tensor_bytes(*entry) for entry in self.layout(step).values())
+
+    def paged_bytes(self, step: int = 0) -> int:
+        """Return the bytes of those that a pager keeps off the device."""
+        layout = self.layout(step).values()
+        return sum(tensor_bytes(*entry) for entry in layout if not is_small(*entry))
 
     def basis(self, state: Entries, like: Tensor) -> Any:
         """Return the projector's basis, decoded or drawn anew."""

@@ -19,7 +19,8 @@ from rich.text import Text
 from scrimp.base.ledger import TERMS, Place, Term
 from scrimp.base.units import format_bytes, format_count
 from scrimp.memory.command import command_of
-from scrimp.memory.planner import Candidate, Plan, claim
+from scrimp.memory.planner import Candidate, Plan
+from scrimp.memory.reasons import claim
 
 ROWS = 12
 WIDE = 100_000  # columns of a page that no terminal shows

@@ -59,6 +59,7 @@ def _unusual(recipe: Recipe) -> str:
         f"{recipe.gradient.name} gradient": recipe.gradient.name != "backprop",
         recipe.activations.name: recipe.activations.name != "everything",
         f"{recipe.activations.loss} loss": recipe.activations.loss != "logits",
+        recipe.placement.name: recipe.placement.name != "device",
         "fused backward": recipe.optimizer.fused_backward,
     }
     return "".join(f"{name}, " for name, is_chosen in chosen.items() if is_chosen)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from scrimp.base.errors import ScrimpError
+from scrimp.base.paged import wait_for_host
 from scrimp.training.safetensors_stream import StoredTensor, read_header, read_tensors_into
 
 Named = Iterable[tuple[str, Tensor]]
@@ -33,6 +34,7 @@ def optimizer_tensors(optimizer: Optimizer, named: Named) -> dict[str, Tensor]:
     Returns:
         `PARAMETER/KEY` to the tensor; nothing for parameters that have no state yet.
     """
+    wait_for_host(optimizer)
     return {name: value for name, value in _state_items(optimizer, named) if isinstance(value, Tensor)}
 
 
@@ -81,13 +83,17 @@ def load_optimizer(path: Path, optimizer: Optimizer, named: Named, numbers: Mapp
             raise ScrimpError(f"{path} holds {name!r}, and the model has no such parameter")
     _load_groups(path, optimizer, names, numbers["groups"])
 
-    on_host = set(numbers["on_host"])
+    on_host, pager = set(numbers["on_host"]), getattr(optimizer, "pager", None)
     state: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
     targets: dict[str, Tensor] = {}
     for name, kind in stored.items():
         parameter, _, key = name.rpartition("/")
-        device = torch.device("cpu") if name in on_host else parameters[parameter].device
-        targets[name] = state[parameter][key] = _empty(kind, parameters[parameter], device)
+        device = parameters[parameter].device
+        if pager is not None and parameters[parameter].is_contiguous():
+            target = pager.zeros(kind.shape, kind.dtype, device)
+        else:
+            target = _empty(kind, parameters[parameter], torch.device("cpu") if name in on_host else device)
+        targets[name] = state[parameter][key] = target
     for name, value in numbers["values"].items():
         parameter, _, key = name.rpartition("/")
         state[parameter][key] = value

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.files import HashedFile, hashed_file
+from scrimp.base.paged import release
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -183,6 +184,7 @@ def _write_tensor(file: HashedFile, tensor: Tensor) -> None:
     # A call of its own, so that the copy is gone before the next tensor is asked for.
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
     file.write(_bytes_of(plain))
+    release(tensor)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -241,3 +243,4 @@ def _read_tensor(file: BinaryIO, path: Path, stored: StoredTensor, target: Tenso
     if not direct:
         with torch.no_grad():
             target.copy_(host)
+    release(target)

@@ -70,6 +70,11 @@ class DeltaTuning:
         """The deltas by the path of their layer."""
         return {name: adapted.delta for name, adapted in self._adapted.items()}
 
+    @property
+    def needs_step(self) -> bool:
+        """Whether an event acts on gradients or state just before or after the step."""
+        return any(getattr(event, "needs_step", False) for event in self.events)
+
     def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Put a delta around every target, once, freeze all else, and return what trains by name.
 

@@ -34,7 +34,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -143,6 +143,7 @@ class Reselection:
     share: float = 0.2
     decay: Literal["linear", "cosine"] = "linear"
     steps: int | None = None
+    needs_step: ClassVar[bool] = True  # updates inside the backward pass come before its hooks
     _hooked: Any = field(default=None, init=False, repr=False)
     _choosing: set[Reselected] = field(default_factory=set, init=False, repr=False)
 
