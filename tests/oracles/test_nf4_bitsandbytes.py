@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scrimp.weights import nf4_code, nf4_cuda
 from scrimp.weights.nf4_code import NF4Code, dynamic_map, levels
 from scrimp.weights.nf4_weight import NF4Weight
 
@@ -88,6 +89,41 @@ def test_what_bitsandbytes_stored_decodes_to_the_same_bits(
     codes, state = quantised(weight, double=double)
     ours = NF4Weight(parts_of(codes, state), NF4Code(double=double, dtype=dtype), shape).dequantize()
     assert torch.equal(ours, bnb.dequantize_4bit(codes[:, None], state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_its_kernel_decodes_any_run_of_elements_to_our_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where it is used; what is decoded here are whole groups, which it does rightly on a CPU."""
+    weight = NF4Weight.of(matrix((96, 576), torch.float32), NF4Code(dtype=dtype))
+    runs = [(0, 96), (1, 2), (17, 90), (95, 96)]
+    ours = [weight.decoded(*run, dtype) for run in runs]
+    used = []
+
+    def kernel_for(codes: Tensor) -> Any:
+        used.append(codes)
+        return nf4_cuda._loaded()
+
+    monkeypatch.setattr(nf4_code, "kernel_for", kernel_for)
+    for run, expected in zip(runs, ours, strict=True):
+        assert torch.equal(weight.decoded(*run, dtype), expected)
+    assert len(used) == 4 and nf4_cuda._loaded() is not None
+    assert nf4_cuda.kernel_for(used[0]) is None  # on a CPU it is ours
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(96, 576), (100, 96), (33, 77)])
+def test_on_cuda_its_kernel_decodes_to_our_bits(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = NF4Weight.of(matrix(shape, torch.float32).cuda(), NF4Code(dtype=dtype))
+    assert nf4_cuda.kernel_for(weight.parts["codes"]) is not None
+    theirs = [weight.decoded(*run, dtype) for run in ((0, shape[0]), (3, 31))]
+    monkeypatch.setattr(nf4_code, "kernel_for", lambda _: None)
+    ours = [weight.decoded(*run, dtype) for run in ((0, shape[0]), (3, 31))]
+    assert all(map(torch.equal, theirs, ours))
 
 
 @pytest.mark.skipif(

@@ -15,7 +15,8 @@ Oddities:
 - GPT-2's transposed `Conv1D` and stacked experts are no `nn.Linear`, and stay as they are.
 
 Why not bitsandbytes: its 0.50.2 on a CPU decodes wrongly, silently, where a row is no whole number of
-groups (llama-60m's 1376), and loses input gradients after one evaluation.
+groups (llama-60m's 1376), and loses input gradients after one evaluation. On CUDA its kernel decodes ours
+where it is installed (`nf4_cuda`).
 
 Source: QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314.
 """

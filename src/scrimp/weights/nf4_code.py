@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scrimp.weights.nf4_cuda import kernel_for
+
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -80,11 +82,14 @@ class NF4Code:
         """Return elements `first` to `last` (excluded) of the sequence, in `dtype`, rounded once. Pure."""
         start, end = first // self.group, -(-last // self.group)
         codes = parts["codes"][start * self.group // 2 : end * self.group // 2]
-        value = _pairs(codes)
         absmax = self.decode_absmax(parts, start, end)
-        if missing := (end - start) * self.group - value.numel():
-            value = torch.cat([value, value.new_zeros(missing)])
-        value = value.view(-1, self.group).mul_(absmax[:, None]).to(dtype).view(-1)
+        if kernel := kernel_for(codes):
+            value = kernel(codes, absmax, self.group, "nf4", [2 * codes.numel()], dtype)
+        else:
+            value = _pairs(codes)
+            if missing := (end - start) * self.group - value.numel():
+                value = torch.cat([value, value.new_zeros(missing)])
+            value = value.view(-1, self.group).mul_(absmax[:, None]).to(dtype).view(-1)
         return value[first - start * self.group : last - start * self.group]
 
     def decode_absmax(self, parts: Mapping[str, Tensor], start: int, end: int) -> Tensor:
