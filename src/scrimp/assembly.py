@@ -111,7 +111,10 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     settings, seed = recipe.optimizer, derive(recipe.seed, "optimizer")
     rate = {} if settings.lr is None else {"lr": settings.lr}  # an unsettled recipe is planned with any
     make = functools.partial(_builder("optimizer", recipe), **rate, **_options("optimizer", recipe))
-    return cast("Optimizer", make(model, seed=seed, compile=settings.compile))
+    made = cast("Optimizer", make(model, seed=seed, compile=settings.compile))
+    if recipe.device != "cpu":  # in a simulation its tensors are a CPU's
+        made.leave_kernels_out()
+    return made
 
 
 def fuse(recipe: Recipe, optimizer: Optimizer) -> Updates | None:

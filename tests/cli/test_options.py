@@ -17,7 +17,7 @@ from scrimp.recipe import Recipe, fields, flat, replace
 SHORT = {
     *("--model", "--data", "--weights", "--tune", "--optimizer", "--lr", "--steps", "--tokens", "--batch"),
     *("--micro-batch", "--seq", "--clip", "--seed", "--precision", "--device", "--threads", "--memory"),
-    *("--log", "--out", "--resume", "--overwrite", "--merge"),
+    *("--log", "--out", "--resume", "--overwrite", "--merge", "--placement"),
 }
 # What is no part of a recipe, and the fields at its top that are named in full.
 RUN = {"--out", "--resume", "--overwrite", "--dry-run", "--cache", "--trust-remote-code", "--json", "--help"}

@@ -225,8 +225,8 @@ def test_the_largest_model_is_the_largest_shape_with_a_recipe_that_fits(
     monkeypatch.setattr("scrimp.memory.inverse.SHAPES", two)
     needs = planned(*ONE, "--memory", "4GiB", "--json", model="llama-9m").document["candidates"][0]["needed"]
     for budget, name in ((needs, "llama-9m"), (needs - MIB, "llama-1m"), (20 * MIB, None)):
-        options = (*ONE, "--micro-batch", "4", "--memory", str(budget), "--largest", "model", "--json")
-        assert planned(*options).document["answers"]["model"]["value"] == name
+        options = (*ONE, "--micro-batch", "4", "--memory", str(budget), "--placement", "device")
+        assert planned(*options, "--largest", "model", "--json").document["answers"]["model"]["value"] == name
 
 
 def test_a_model_that_cannot_be_traced_is_answered_by_the_formula_and_said_so(

@@ -294,8 +294,10 @@ def test_compiled_arithmetic_is_the_eager_one_but_for_rounding() -> None:
     for name in ("Lion", "GaLore paper", "Fira"):
         eager, compiled = (parameters(shapes=shapes) for _ in range(2))
         steps = gradients(eager, 4)
-        run(make(name, eager, weight_decay=0.1), eager, steps)
-        run(make(name, compiled, weight_decay=0.1, compile=True), compiled, steps)
+        for params, compiles in ((eager, False), (compiled, True)):
+            optimizer = make(name, params, weight_decay=0.1, compile=compiles)
+            optimizer.leave_kernels_out()
+            run(optimizer, params, steps)
         assert apart(values(compiled), values(eager)) < 1e-5
 
 

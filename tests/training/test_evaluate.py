@@ -132,8 +132,9 @@ def test_a_loss_beyond_every_exponent_has_infinite_perplexity(lab: Lab) -> None:
 
 
 def test_a_run_with_an_infinite_perplexity_saves_and_resumes(lab: Lab) -> None:
-    recipe = lab.recipe(optimizer__lr=300.0, schedule__warmup=0, schedule__name="constant", clip=0)
-    lab.train(recipe)
+    # Whether gradients that large overflow depends on how a CPU sums.
+    changes = {"schedule.warmup": 0, "schedule.name": "constant", "clip": 0, "nonfinite": "skip"}
+    lab.train(lab.recipe(**{"optimizer.lr": 300.0, **changes}))
     rows = lab.rows(kind="eval")
     assert any(row["perplexity"] is None and row["eval_loss"] > 710 for row in rows), rows
 

@@ -444,6 +444,7 @@ def test_lora_plus_is_pefts() -> None:
         lambda model: peft.optimizers.create_loraplus_optimizer(
             model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
         ),
+        atol=2e-6,
     )
 
 

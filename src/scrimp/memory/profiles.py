@@ -123,7 +123,8 @@ class Profiles:
         Raises:
             Untraceable: It cannot be simulated.
         """
-        key = f"optimizer {_key(recipe, *_MODEL_FIELDS, 'optimizer.', 'precision', without='optimizer.lr')}"
+        fields = (*_MODEL_FIELDS, "optimizer.", "precision", "device")
+        key = f"optimizer {_key(recipe, *fields, without='optimizer.lr')}"
         return OptimizerProfile(**self._get(key, lambda tracer: tracer.optimizer(recipe)))
 
     def dimensions(self) -> Dimensions:

@@ -169,6 +169,10 @@ class Optimizer(torch.optim.Optimizer):
         ]
         return describe_table(rows)
 
+    def leave_kernels_out(self) -> None:
+        """Run the pieces' own arithmetic on a CPU too, as on any other device: a simulation of one does."""
+        self._updater.kernels = False
+
     # ---- one step ------------------------------------------------------------------------------------
 
     @property
@@ -389,5 +393,5 @@ class Optimizer(torch.optim.Optimizer):
         """Return what a copy needs: no hooks, as with torch, so its updates run at the step, and no code."""
         kept = {name: value for name, value in vars(self).items() if "hook" not in name}
         plans = {p: replace(found, runs={}) for p, found in self._plans.items()}
-        updater = Updater(self._updater.seed, self._updater.compiles)
+        updater = Updater(self._updater.seed, self._updater.compiles, self._updater.kernels)
         return {**kept, "_backward": None, "pager": None, "_plans": plans, "_updater": updater}

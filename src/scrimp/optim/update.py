@@ -48,10 +48,12 @@ class Updater:
     Attributes:
         seed: What every draw is derived from.
         compiles: Whether the arithmetic runs as compiled functions.
+        kernels: Whether our kernels for CPUs may be used.
     """
 
     seed: int
     compiles: bool
+    kernels: bool = True
     _functions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     _last: tuple[Any, Tensor] = field(default_factory=lambda: (None, torch.empty(0)))
 
@@ -85,8 +87,8 @@ class Updater:
             self._update_projected(p, grad, plan, state, options, small)
 
     def is_fused(self, p: nn.Parameter, plan: Plan) -> bool:
-        """Tell whether the CPU's kernel updates a parameter: one of full precision only where we compile."""
-        is_wanted = self.compiles or not isinstance(plan.composition.store, Full)
+        """Tell whether our kernel updates a parameter; plain AdamW's only where we compile: torch has one."""
+        is_wanted = self.kernels and (self.compiles or not plan.is_adamw)
         return is_wanted and plan.is_fused and is_ready(p)
 
     def project(self, grad: Tensor, plan: Plan, state: Entries) -> Tensor:

@@ -186,7 +186,8 @@ class Optimizer(Section):
         default=False, description="update inside the backward pass, one gradient alive at a time"
     )
     compile: bool = Field(
-        default=False, description="compile the update: faster steps, after seconds at the first"
+        default=False,
+        description="compile the update: faster where no kernel does it, after seconds at the first step",
     )
 
     @field_validator("betas", mode="after")
