@@ -44,6 +44,7 @@ TITLES = {
     "sparse_delta": "A sparse change of the weights, against scattering it",
     "together": "Four adapters at once, against one after the other",
     "qlora": "A base in four bits",
+    "paged_state": "Optimizer state off the device",
     "tuning_task": "Every way to fine-tune, on a task with a score",
 }
 ON_GPU = {"gpu": "On a GPU"}  # shown where there is a result, which most machines cannot make
@@ -66,6 +67,7 @@ def section(name: str, path: Path) -> str:
     document = json.loads(path.read_text(encoding="utf-8"))
     rows = [_target(target) for target in document.get("targets", [])] + OTHER_ROWS.get(name, _none)(document)
     more = f"{MORE[name](document)}\n\n" if name in MORE else ""
+    more += f"{document['note']}\n\n" if "note" in document else ""
     return f"{heading}\n{table(rows)}\n\n{more}{_measured_on(document)}"
 
 
@@ -265,6 +267,16 @@ def _sparse_delta(document: Document) -> list[Row]:
     return rows
 
 
+def _paged_state(document: Document) -> list[Row]:
+    found = document["results"]
+    rows: list[Row] = []
+    for name, peak in found["peak_bytes"].items():
+        predicted, seconds = found["predicted_bytes"][name], found["seconds"][name]["median"]
+        value = f"{peak / 1e9:.2f} GB; {predicted / 1e9:.2f} GB; {seconds:.2f} s"
+        rows.append((f"{found['model']}, `{name}`: peak; predicted; a step", value, "", ""))
+    return [*rows, ("paged-state over device, time", number(found["time"]["median"]), "", "")]
+
+
 def _qlora(document: Document) -> list[Row]:
     sides = {name: side for name, side in document["results"].items() if isinstance(side, dict)}
     return [
@@ -331,6 +343,7 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "adapter_step": _adapter_step,
     "sparse_delta": _sparse_delta,
     "qlora": _qlora,
+    "paged_state": _paged_state,
     "together": _together,
 }
 
