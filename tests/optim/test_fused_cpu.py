@@ -20,6 +20,7 @@ from scrimp.optim.fused_cpu import fused_cpu, is_fused, is_ready
 from scrimp.optim.kernels import cpu
 from scrimp.optim.pieces import Composition, Entries, Reset, Rule, Store, Target
 from scrimp.optim.plan import Plan
+from scrimp.optim.rules.adafactor import Adafactor
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.rules.adam_mini import AdamMini
 from scrimp.optim.rules.lion import Lion
@@ -191,6 +192,50 @@ def test_a_block_s_second_moment_is_the_eager_one(shape: tuple[int, ...]) -> Non
     assert all(map(torch.equal, before, (p.detach(), state["exp_avg"], state["exp_avg_sq"])))
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Adafactor(relative_step=False, scale_parameter=False),
+        Adafactor(relative_step=False),
+        Adafactor(clip_threshold=0.1, eps=(1e-8, 1e-3)),
+    ],
+    ids=["plain", "relative to the weights", "its own schedule"],
+)
+@pytest.mark.parametrize("shape", [(67, 770), (300, 5), (1, 9), (130, 1)], ids=str)
+def test_adafactor_is_the_eager_one(rule: Adafactor, shape: tuple[int, ...]) -> None:
+    """Squares are summed in another order; a gradient that is not finite changes nothing."""
+    updater, plan = Updater(0, compiles=False), planned(rule, shape, store=Full())
+    p, q, state, expected = parameter(shape), parameter(shape), begun(plan), begun(plan)
+    for grad in gradients(shape, 4, dtype=torch.float32):
+        fused(p, grad, plan, state, DECAYS)
+        with torch.no_grad():
+            updater.update(q, grad, plan, expected, DECAYS, None)
+        expected["step"] += 1
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-7)
+    held = (p.detach(), state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+    before = copy.deepcopy(held)
+    grad.view(-1)[-1] = float("inf")
+    fused(p, grad, plan, state, DECAYS)
+    fused(p, torch.full(shape, float("nan")), plan, state, DECAYS)
+    assert all(map(torch.equal, before, held))
+
+
+def test_adafactor_s_result_does_not_depend_on_threads() -> None:
+    plan, shape = planned(Adafactor(), (700, 90), store=Full()), (700, 90)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            p, state = parameter(shape), begun(plan)
+            for grad in gradients(shape, 3, dtype=torch.float32):
+                fused(p, grad, plan, state, DECAYS)
+            found.append(p.detach())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_gradients_that_lie_otherwise_are_read_in_order() -> None:
     plan, p, q = planned(Adam(), (64, 96)), parameter((64, 96)), parameter((64, 96))
     (grad,) = gradients((64, 96), 1, dtype=torch.float32)
@@ -228,5 +273,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_others() -> None:
         planned(Adam(), (24, 16), store=Full(torch.float64)),
         planned(SGD(momentum=0), (24, 16), store=Full()),
         planned(AdamMini(), (24, 16)),
+        planned(Adafactor(), (24, 16)),
+        planned(Adafactor(beta1=0.9), (24, 16), store=Full()),
     ]
     assert not any(is_fused(plan.composition, p) for plan in others)

@@ -1,7 +1,6 @@
-"""Adam in a subspace by one call between the products: what the pieces compute, but for the order of sums.
+"""Adam in a subspace by one call: what the pieces compute, but for the order of sums in products and norms.
 
-The reference is the eager update. Moments are its bits where R is: both take the same product, but for rank
-1, where the kernel finds R while it reads the gradient for its norms.
+The reference is the eager update.
 """
 
 from __future__ import annotations
@@ -105,10 +104,12 @@ def composed(
     return Composition(rule=rule, projector=basis, lift=lift, store=store, basis_store=Full())
 
 
-def assert_alike(ours: Side, eager: Side, *, exact: bool = True, times: float = 1) -> None:
+def assert_alike(ours: Side, eager: Side, *, times: float = 1) -> None:
+    """Hold two sides against each other, whose products are summed in another order."""
     for (name, a), b in zip(ours.tensors().items(), eager.tensors().values(), strict=True):
-        if exact and name.startswith("exp_avg"):
-            assert torch.equal(a, b), name
+        if a.dtype == torch.uint8:
+            apart = (a.int() - b.int()).abs()
+            assert apart.max() <= 1 and apart.count_nonzero() <= 0.002 * a.numel() + 1, name
         else:
             assert relative(a.double(), b.double()) < times * (1e-6 if name == "w" else 1e-5), name
 
@@ -138,7 +139,19 @@ def test_every_basis_will_do(lift: Lift, basis: Any, shape: tuple[int, int], tra
     for grad in gradients(shape, 5, dtype=torch.float32):
         ours.step(grad)
         eager.step(grad)
-        assert_alike(ours, eager, exact=basis.rank > 1, times=times)
+        assert_alike(ours, eager, times=times)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 21, 64, 130])
+@pytest.mark.parametrize("lift", [LIFTS["back"], LIFTS["residual"], LIFTS["channels"]], ids=str)
+@pytest.mark.parametrize(("shape", "transposed"), [((310, 145), False), ((145, 310), True)], ids=str)
+def test_every_rank_will_do(lift: Lift, rank: int, shape: tuple[int, int], transposed: bool) -> None:
+    pieces = composed(lift, SingularVectors(rank=rank, every=3))
+    ours, eager = (Side(pieces, shape, transposed=transposed, fused=fused) for fused in (True, False))
+    for grad in gradients(shape, 3, dtype=torch.float32):
+        ours.step(grad)
+        eager.step(grad)
+        assert_alike(ours, eager, times=3)
 
 
 @lifts
@@ -176,7 +189,7 @@ def test_a_gradient_summed_in_the_subspace_is_enough_to_project_back() -> None:
             small = ours.updater.project(grad, ours.plan, ours.state)
         ours.step(torch.zeros(()).expand(70, 300), small)
         whole.step(grad)
-        assert all(map(torch.equal, ours.tensors().values(), whole.tensors().values()))
+        assert_alike(ours, whole)
 
 
 @pytest.mark.parametrize("basis", [BASES["vectors"], BASES["one drawn"]], ids=["vectors", "one drawn"])
@@ -201,7 +214,7 @@ def test_gradients_that_lie_otherwise_are_read_in_order(lift: Lift) -> None:
     for grad in gradients((150, 37), 2, dtype=torch.float32):
         ours.step(grad)
         other.step(grad.T.contiguous().T)
-        assert_alike(ours, other, exact=False)
+        assert_alike(ours, other)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

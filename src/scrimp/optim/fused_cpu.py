@@ -1,10 +1,10 @@
-"""AdamW, Adam-mini, Lion and SGD with momentum in one pass on a CPU, and Adam in a subspace in one call.
+"""AdamW, Lion and others in one pass on a CPU, or as few as they need, and Adam in a subspace in one call.
 
 What the kernel of `kernels.cpu` touches it touches once. Compiled arithmetic of full precision does as well
 on a large parameter, but every call takes it a tenth of a millisecond; and it cannot keep codes in the
 nearest cache between decoding and coding, so that 8-bit moments would cross the memory as float32, twice.
-In a subspace (GaLore, Fira, APOLLO) the kernel does all but the products: R = G B comes before it, and what
-is left to be projected back goes to `Projector.subtract`. For rank 1, R is found while G's norms are.
+In a subspace (GaLore, Fira, APOLLO) the kernel multiplies too: G's norms are found with R = G B, and what is
+projected back leaves the product for the weights at once.
 
 Moments are those of every other path to the bit; weights are too, but where torch's square root is rounded
 otherwise (in its last place, about one in two hundred). Norms are summed in another order.
@@ -27,6 +27,7 @@ from scrimp.optim.pieces import Composition, Entries, Lift, Rule, Target
 from scrimp.optim.projectors.dct import Cosine
 from scrimp.optim.projectors.random import Random
 from scrimp.optim.projectors.svd import SingularVectors
+from scrimp.optim.rules.adafactor import Adafactor
 from scrimp.optim.rules.adam import Adam
 from scrimp.optim.rules.adam_mini import AdamMini
 from scrimp.optim.rules.lion import Lion
@@ -39,12 +40,14 @@ _ADAM = itemgetter(*_EVERY, "beta1", "beta2", "eps", "inv_c1", "inv_root_c2")
 _NUMBERS: dict[type, Any] = {  # in the order of the kernel
     Adam: _ADAM,
     AdamMini: _ADAM,
+    Adafactor: itemgetter("rewarm", "weight_decay", "beta2", "rho"),
     Lion: itemgetter(*_EVERY, "beta1", "beta2"),
     SGD: itemgetter(*_EVERY, "momentum", "intake"),
 }
 _MOMENTS: dict[type, tuple[str, ...]] = {
     Adam: ("exp_avg", "exp_avg_sq"),
     AdamMini: ("exp_avg", "exp_avg_sq"),
+    Adafactor: ("exp_avg_sq_row", "exp_avg_sq_col"),
     Lion: ("exp_avg",),
     SGD: ("momentum_buffer",),
 }
@@ -59,6 +62,7 @@ def is_fused(composition: Composition, p: Tensor) -> bool:
         and composition.conditioner is None
         and not (isinstance(rule, SGD) and rule.momentum == 0)
         and not (isinstance(rule, AdamMini) and store != Full())
+        and not (isinstance(rule, Adafactor) and not (store == Full() and rule.beta1 is None and p.ndim == 2))
         and (store == Full() or (type(store) is Dynamic8 and store == Dynamic8(min_size=store.min_size)))
         and p.dtype == float32
         and p.device.type == "cpu"
@@ -102,6 +106,9 @@ def fused_cpu(
         cpu.adam(weight, grad, moments, values, whole=whole, hf=rule.convention == "hf")
     elif isinstance(rule, AdamMini):
         cpu.adam_mini(weight, grad, moments, values)
+    elif isinstance(rule, Adafactor):
+        bounds = (*rule.eps, rule.clip_threshold)
+        cpu.adafactor(weight, grad, moments, (*values, *bounds), scales=rule.scale_parameter)
     elif isinstance(rule, SGD):
         cpu.sgd(weight, grad, moments, values, whole=whole, nesterov=rule.nesterov)
     else:
@@ -131,16 +138,13 @@ def fused_projected(
         small: The gradient in the subspace, (k, r), where that is all there is.
         transposed: Whether the oriented parameter (k, d) is the transposed one.
     """
-    rule, lift, projector = composition.rule, composition.lift, composition.projector
-    assert isinstance(rule, Adam) and lift is not None and projector is not None
-    along = small is None and lift.needs_gradient and basis.shape[1] == 1
-    r = projector.down(grad.mT if transposed else grad, basis) if small is None and not along else small
-    weight = p.detach()
-    left = cpu.adam_projected(
-        weight,
-        grad if lift.needs_gradient else None,
-        r,
-        basis if along else None,
+    rule, lift = composition.rule, composition.lift
+    assert isinstance(rule, Adam) and lift is not None
+    cpu.adam_projected(
+        p.detach(),
+        grad if small is None else None,
+        small,
+        basis,
         _moments(rule, state),
         state.get("limited_norm"),
         _NUMBERS[Adam](numbers),
@@ -148,10 +152,9 @@ def fused_projected(
         hf=rule.convention == "hf",
         per_matrix=isinstance(lift, ScaleGradient) and lift.per == "tensor",
         pulls=not isinstance(lift, ScaleGradient),
+        reads=lift.needs_gradient,
         transposed=transposed,
     )
-    if not isinstance(lift, ScaleGradient):
-        projector.subtract(weight.mT if transposed else weight, left, basis)
 
 
 def drawn(composition: Composition, state: Entries, target: Target) -> Tensor | None:

@@ -20,8 +20,14 @@ _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # The vectors that torch found. What else the machine has would make files that others of its kind cannot run;
 # tuning alone decides whether table look-ups become gathers, and with it half of the time.
 _VECTORS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mtune=native"),
-    "AVX2": ("-mavx2", "-mtune=native"),
+    "AVX512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mtune=native"),
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ),
+    "AVX2": (
+        *("-mavx2", "-mfma", "-mf16c", "-mtune=native"),
+        *("-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+    ),
 }
 # Without OpenMP, torch's parallel loops run on one thread. On macOS compilers do not bring it.
 _THREADS = ("-fopenmp",) if sys.platform == "linux" else ("-fopenmp-simd",)

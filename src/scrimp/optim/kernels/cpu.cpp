@@ -13,7 +13,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,6 +22,7 @@
 #include <optional>
 #include <utility>
 
+#include "adafactor.h"
 #include "dynamic8.h"
 #include "lifts.h"
 #include "normal.h"
@@ -273,12 +273,12 @@ void adam_mini(const at::Tensor& weight, const at::Tensor& grad, Tensors moments
 
 // ---- in a subspace -----------------------------------------------------------------------------------
 
-// Updates all but what is to be projected back and subtracted, and returns that. `of_g` and `of_r` are the
-// squared norms of channels, the first for the limiter alone, whose last norm is `last`.
+// Renews moments, limiter and weights. `of_g` and `of_r` are the squared norms of channels, the first for the
+// limiter alone, whose last norm is `last`; `g` is given where the lift reads it.
 template <bool is_hf>
-at::Tensor step_projected(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& r,
-                          const Floats& of_g, const Floats& of_r, Tensors moments, float* last, Numbers numbers,
-                          const Lift& lift, bool transposed) {
+void step_projected(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& r, const at::Tensor& basis,
+                    const Floats& of_g, const Floats& of_r, Tensors moments, float* last, Numbers numbers,
+                    const Lift& lift, bool transposed) {
   const auto direction = at::empty_like(r);
   update<Direction<is_hf>, Coded<true>, Coded<false>>(direction, r, moments, false, numbers);
   const float decay = Adam<is_hf>(numbers).decay;
@@ -287,41 +287,40 @@ at::Tensor step_projected(const at::Tensor& weight, const at::Tensor& g, const a
     phi = ratios(lift, squares_of(direction, false), of_r);
     if (last) limit_growth(lift, phi, of_g, of_r, *last);
   }
-  if (lift.pulls) pull_back(lift, direction, r, phi, is_hf ? decay : 0.0f);
-  if (g.defined()) {
-    for (float& each : phi) each *= lift.factor;
+  if (lift.pulls) pull_back(lift, direction, r, phi);
+  for (float& each : phi) each *= lift.factor;
+  if (!lift.pulls)
     move<is_hf>(weight, g, transposed, phi, decay);
-  } else if (decay != 0) {
-    weight.sub_(weight, decay);
-  }
-  return direction;
+  else if (g.defined())
+    move_back<is_hf, true>(weight, g, direction, basis, transposed, phi, decay);
+  else
+    move_back<is_hf, false>(weight, g, direction, basis, transposed, phi, decay);
 }
 
-at::Tensor adam_projected(const at::Tensor& weight, const std::optional<at::Tensor>& grad,
-                          const std::optional<at::Tensor>& sketch, const std::optional<at::Tensor>& column,
-                          Tensors moments, const std::optional<at::Tensor>& limiter, Numbers numbers,
-                          Numbers lift, bool is_hf, bool per_matrix, bool pulls, bool transposed) {
+void adam_projected(const at::Tensor& weight, const std::optional<at::Tensor>& grad,
+                    const std::optional<at::Tensor>& sketch, const at::Tensor& basis_given, Tensors moments,
+                    const std::optional<at::Tensor>& limiter, Numbers numbers, Numbers lift_numbers, bool is_hf,
+                    bool per_matrix, bool pulls, bool reads, bool transposed) {
   TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2, "the weights do not lie in order");
+  TORCH_CHECK(grad || (sketch && !reads), "the gradient is missing");
   const auto g = grad ? grad->to(at::kFloat).contiguous() : at::Tensor();
   TORCH_CHECK(!grad || g.sizes() == weight.sizes(), "the gradient is not that of the weights");
   const Layout layout(weight, transposed);
-  const auto r = column ? at::empty({layout.channels(), 1}, weight.options()) : sketch->contiguous();
+  auto basis = basis_given.to(at::kFloat);
+  TORCH_CHECK(basis.dim() == 2 && basis.size(0) == layout.length(), "the basis is not that of the weights");
+  if (basis.stride(0) != 1 && basis.stride(1) != 1) basis = basis.contiguous();
+  const auto r = sketch ? sketch->to(at::kFloat).contiguous()
+                        : at::empty({layout.channels(), basis.size(1)}, weight.options());
   TORCH_CHECK(r.dim() == 2 && r.size(0) == layout.channels(), "R has not the channels of the weights");
-  Floats of_g, of_r;
-  if (column) {
-    TORCH_CHECK(grad && column->numel() == layout.length(), "the column is not that of a basis");
-    of_g = squares_of(g, transposed, column->contiguous().const_data_ptr<float>(),
-                      r.mutable_data_ptr<float>());
-  } else if (limiter) {
-    of_g = squares_of(g, transposed);
-  }
-  if (grad) of_r = squares_of(r, false);
-  // Squares beyond float32 count as not finite: they would stay in the second moment for ever.
-  const bool is_fine = grad ? absmax(of_r.data(), layout.channels()) <= kLargest : is_finite(r);
-  if (!is_fine) return at::zeros_like(r);
+  TORCH_CHECK(r.size(1) == basis.size(1), "R has not the rank of the basis");
+  const Floats of_g = sketch ? Floats() : projected(g, basis, transposed, r, limiter.has_value());
+  const Floats of_r = reads ? squares_of(r, false) : Floats();
+  // Squares beyond float32 count as not finite: they would stay in the limiter's norm for ever.
+  if (!(reads ? absmax(of_r.data(), layout.channels()) <= kLargest : is_finite(r))) return;
   auto* last = limiter ? limiter->mutable_data_ptr<float>() : nullptr;
   const auto run = is_hf ? step_projected<true> : step_projected<false>;
-  return run(weight, g, r, of_g, of_r, moments, last, numbers, Lift(lift, per_matrix, pulls), transposed);
+  run(weight, reads ? g : at::Tensor(), r, basis, of_g, of_r, moments, last, numbers,
+      Lift(lift_numbers, per_matrix, pulls), transposed);
 }
 
 }  // namespace scrimp
@@ -332,15 +331,17 @@ TORCH_LIBRARY(scrimp_cpu, m) {
   m.def(
       "adam(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool hf) "
       "-> ()");
+  m.def(
+      "adafactor(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, float[] numbers, bool scales) -> ()");
   m.def("adam_mini(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, float[] numbers) -> ()");
   m.def("lion(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers) -> ()");
   m.def(
       "sgd(Tensor(a!) weight, Tensor grad, Tensor(b!)[] moments, bool whole, float[] numbers, bool nesterov) "
       "-> ()");
   m.def(
-      "adam_projected(Tensor(a!) weight, Tensor? grad, Tensor? sketch, Tensor? column, Tensor(b!)[] moments, "
-      "Tensor(c!)? limiter, float[] numbers, float[] lift, bool hf, bool per_matrix, bool pulls, "
-      "bool transposed) -> Tensor");
+      "adam_projected(Tensor(a!) weight, Tensor? grad, Tensor? sketch, Tensor basis, Tensor(b!)[] moments, "
+      "Tensor(c!)? limiter, float[] numbers, float[] lift, bool hf, bool per_matrix, bool pulls, bool reads, "
+      "bool transposed) -> ()");
   m.def("draw(Tensor(a!) basis, int seed) -> ()");
   m.def("set_normals(Tensor radii, Tensor points) -> ()");
   m.def("set_tables(Tensor bins, Tensor values, bool signed) -> ()");
@@ -350,6 +351,7 @@ TORCH_LIBRARY_IMPL(scrimp_cpu, CPU, m) {
   m.impl("encode", scrimp::encode);
   m.impl("decode", scrimp::decode);
   m.impl("adam", scrimp::adam);
+  m.impl("adafactor", scrimp::adafactor);
   m.impl("adam_mini", scrimp::adam_mini);
   m.impl("lion", scrimp::lion);
   m.impl("sgd", scrimp::sgd);

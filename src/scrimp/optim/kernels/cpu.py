@@ -24,7 +24,7 @@ DECADES = 7
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _ONE = 0x3F800000  # 1.0
 _BINADES = 24  # from 1 down to below the smallest threshold
-_IN_PLACE = ("adam", "adam_mini", "lion", "sgd", "draw")
+_IN_PLACE = ("adafactor", "adam", "adam_mini", "adam_projected", "lion", "sgd", "draw")
 
 
 @functools.cache
@@ -47,7 +47,6 @@ def _loaded() -> bool:
         torch.ops.scrimp_cpu.set_normals(*_normals())
     torch.library.register_fake("scrimp_cpu::encode", _encode_shapes)
     torch.library.register_fake("scrimp_cpu::decode", _decode_shapes)
-    torch.library.register_fake("scrimp_cpu::adam_projected", _projected_shape)
     for name in _IN_PLACE:
         torch.library.register_fake(f"scrimp_cpu::{name}", lambda *given: None)
     return True
@@ -106,6 +105,24 @@ def adam_mini(weight: Tensor, grad: Tensor, moments: list[Tensor], numbers: Sequ
     torch.ops.scrimp_cpu.adam_mini.default(weight, grad, moments, numbers)
 
 
+def adafactor(
+    weight: Tensor, grad: Tensor, moments: list[Tensor], numbers: Sequence[float], *, scales: bool
+) -> None:
+    """Update a matrix and both factors of its second moment by `scrimp.optim.rules.adafactor`, no momentum.
+
+    A gradient that is not finite changes nothing.
+
+    Args:
+        weight: float32, (m, n), contiguous, on the CPU.
+        grad: Shaped alike, on the CPU.
+        moments: The factors, (m) and (n), float32.
+        numbers: rewarm, weight_decay, beta2, rho, and what is added to squares, the least RMS of the weights
+            and the largest of the update.
+        scales: Whether the step is relative to the RMS of the weights.
+    """
+    torch.ops.scrimp_cpu.adafactor.default(weight, grad, moments, numbers, scales)
+
+
 def lion(
     weight: Tensor, grad: Tensor, moments: list[Tensor], numbers: Sequence[float], *, whole: bool
 ) -> None:
@@ -136,7 +153,7 @@ def adam_projected(
     weight: Tensor,
     grad: Tensor | None,
     r: Tensor | None,
-    column: Tensor | None,
+    basis: Tensor,
     moments: list[Tensor],
     limiter: Tensor | None,
     numbers: Sequence[float],
@@ -145,17 +162,18 @@ def adam_projected(
     hf: bool,
     per_matrix: bool,
     pulls: bool,
+    reads: bool,
     transposed: bool,
-) -> Tensor:
-    """Update moments and limiter, and weights as far as elements do, by one step of Adam in a subspace.
+) -> None:
+    """Update weights, moments and limiter by one step of Adam in a subspace.
 
     A gradient that is not finite changes nothing.
 
     Args:
         weight: float32, (m, n), contiguous, on the CPU; oriented it is (k, d), see `transposed`.
-        grad: Shaped alike, in any strides; None where the lift does not read it.
-        r: G in the subspace, (k, r); None finds it along `column`.
-        column: (d, 1): a basis of rank 1.
+        grad: Shaped alike, in any strides; None where `r` is given.
+        r: G in the subspace, (k, r), where that is all there is.
+        basis: B, (d, r).
         moments: As in `adam`, of R's shape.
         limiter: The norm that the limiter keeps, one number; None does not limit.
         numbers: As in `adam`.
@@ -163,15 +181,12 @@ def adam_projected(
         hf: As in `adam`.
         per_matrix: Whether phi is one number of the matrix.
         pulls: Whether anything is projected back.
+        reads: Whether W changes by G too.
         transposed: Whether the oriented matrix is the transposed one.
-
-    Returns:
-        What is to be projected back and subtracted from W, (k, r); without meaning unless the lift pulls.
     """
-    left: Tensor = torch.ops.scrimp_cpu.adam_projected.default(
-        weight, grad, r, column, moments, limiter, numbers, lift, hf, per_matrix, pulls, transposed
+    torch.ops.scrimp_cpu.adam_projected.default(
+        weight, grad, r, basis, moments, limiter, numbers, lift, hf, per_matrix, pulls, reads, transposed
     )
-    return left
 
 
 def draw(seed: int, rows: int, rank: int) -> Tensor:
@@ -220,10 +235,3 @@ def _encode_shapes(rows: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def _decode_shapes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     return scale.new_empty(codes.shape)
-
-
-def _projected_shape(
-    weight: Tensor, grad: Tensor | None, r: Tensor | None, column: Tensor | None, *others: object
-) -> Tensor:
-    transposed = bool(others[-1])
-    return weight.new_empty((weight.shape[int(transposed)], 1)) if r is None else torch.empty_like(r)
