@@ -47,21 +47,25 @@ TITLES = {
     "paged_state": "Optimizer state off the device",
     "tuning_task": "Every way to fine-tune, on a task with a score",
 }
-ON_GPU = {"gpu": "On a GPU"}  # shown where there is a result, which most machines cannot make
+MORE_OF_IT = {  # on another machine or by other options: shown where there is a result
+    "optimizer_step_intel": "Optimizer steps, on another processor",
+    "together_nf4": "Four adapters at once, over a base in four bits",
+    "gpu": "On a GPU",
+}
 LEAST_TOKENISING_RATIO = 1.3
 MOST_PREPARING_MB = 400
 
 
 def page(text: str, results: Path = RESULTS) -> str:
     """Return the page with its tables written anew."""
-    shown = [*TITLES, *(name for name in ON_GPU if (results / f"{name}.json").is_file())]
+    shown = [*TITLES, *(name for name in MORE_OF_IT if (results / f"{name}.json").is_file())]
     sections = "\n\n".join(section(name, results / f"{name}.json") for name in shown)
     return PLACE.sub(lambda place: f"{place[1]}\n{sections}\n\n{place[3]}", text)
 
 
 def section(name: str, path: Path) -> str:
     """Return one benchmark's heading, tables, and what it was measured on."""
-    heading = f"## {(TITLES | ON_GPU)[name]}\n"
+    heading = f"## {(TITLES | MORE_OF_IT)[name]}\n"
     if not path.is_file():
         return f"{heading}\nNo result yet: `benchmarks/{name}.py` makes one."
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -337,6 +341,7 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "memory_peers": _memory_peers,
     "memory_resident": _memory_resident,
     "optimizer_step": _optimizer_step,
+    "optimizer_step_intel": _optimizer_step,
     "optimizer_refresh": _optimizer_refresh,
     "optimizer_state": _optimizer_state,
     "seven_billion": _seven_billion,
@@ -345,6 +350,7 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "qlora": _qlora,
     "paged_state": _paged_state,
     "together": _together,
+    "together_nf4": _together,
 }
 
 

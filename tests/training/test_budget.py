@@ -62,19 +62,28 @@ def test_a_strict_run_stops_over_its_budget_with_a_checkpoint_and_another_goes_o
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux alone")
 def test_out_of_memory_ends_in_one_sentence(lab: Lab) -> None:
     """The limit is one of the system's, so that torch's own allocator is refused memory."""
-    limit = 2 * 2**30
+    limit = 1200 * 2**20
     code = (
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n"
         "from scrimp.cli import main\nmain()\n"
     )
-    words = ["train", "--model", "llama-60m", "--steps", "1", "--seq", "512", "--batch", "8"]
-    words += ["--micro-batch", "8", "--data", str(lab.text), "--out", str(lab.path / "big"), "--threads", "1"]
+    words = ["train", "--model", "llama-20m", "--steps", "1", "--seq", "512", "--batch", "16"]
+    words += [
+        "--micro-batch",
+        "16",
+        "--data",
+        str(lab.text),
+        "--out",
+        str(lab.path / "big"),
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "the memory of cpu ran out with micro-batches of 8 x 512 tokens" in last
+    assert "the memory of cpu ran out with micro-batches of 16 x 512 tokens" in last
     assert "would do for: scrimp train" in last or "lower --micro-batch" in last
     assert "Traceback" not in done.stderr
