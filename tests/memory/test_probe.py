@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
 
 from scrimp.activations.loss import chunked, logits
 from scrimp.data.loader import MicroBatch
 from scrimp.memory import scratch
 from scrimp.memory.allocator import peak_of
 from scrimp.memory.probe import probe, unexplained
+from scrimp.optim import Apollo, Fira, GaLore
 
 WIDTHS = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
 GATED = {**WIDTHS, "intermediate_size": 176, "num_key_value_heads": 2}
@@ -130,6 +132,20 @@ def test_a_kernel_holds_what_its_rule_says(name: str, operation: Callable[..., o
     assert max(finding.declared for finding in found) > 1000, name
     for finding in found:
         assert finding.declared == pytest.approx(finding.measured, rel=0.02, abs=64), name
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((300, 130), 1), ((130, 300), 40)], ids=str)
+@pytest.mark.parametrize("method", [GaLore, Fira, Apollo])
+def test_a_step_in_a_subspace_holds_what_its_rule_says(
+    method: Any, shape: tuple[int, int], rank: int
+) -> None:
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = method([{"params": [p], "rank": rank}], lr=1e-3)
+    p.grad = torch.randn(shape)
+    optimizer.step()
+    found = probe(optimizer.step)
+    (finding,) = [f for f in found if f.operation == "scrimp_cpu::adam_projected"]
+    assert finding.declared == finding.measured > 0
 
 
 def test_a_gpu_holds_attentions_gradient_of_queries_in_fp32() -> None:

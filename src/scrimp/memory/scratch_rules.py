@@ -264,6 +264,34 @@ def linear_cross_entropy(call: Call) -> int:
     return size + max(0, logits - slices)
 
 
+# Rows of a tile, and columns of a panel, of the products of optim/kernels/products.h.
+_TILES = {"AVX2": (4, 24), "AVX512": (8, 48)}
+
+
+def projected_step(call: Call) -> int:
+    """The gradient's copy in order, its part in the subspace, the step there, and what a product packs."""
+    weight, grad, sketch, basis = call.args[:4]
+    pulls, transposed = call.args[10], call.args[12]
+    tile = _TILES.get(torch.backends.cpu.get_cpu_capability())
+
+    def packed(across: int, along: int, side: int) -> int:
+        width = tile[side] if tile else 0
+        return 4 * -(-across // width) * width * along if width else 0
+
+    length: int = basis.shape[0]
+    rank: int = basis.shape[1]
+    channels: int = weight.shape[1] if transposed else weight.shape[0]
+    direction = 4 * channels * rank
+    held = direction if sketch is None else _copy(sketch)
+    multiplying = packed(rank, length, 0) if sketch is None and rank > 1 else 0
+    moving = direction
+    if pulls:
+        rows, columns = (length, channels) if transposed else (channels, length)
+        moving += packed(rows, rank, 0) + packed(columns, rank, 1)
+    copied = 0 if grad is None else _copy(grad)
+    return copied + held + max(multiplying, moving)
+
+
 def flash_backward_cuda(call: Call) -> int:
     """Flash attention's kernel adds up the queries' gradient in fp32; fp32 inputs take another kernel."""
     query = call.tensors[1]
