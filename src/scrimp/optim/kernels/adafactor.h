@@ -58,7 +58,7 @@ inline std::pair<Floats, Floats> squares_by_both(const float* x, int64_t rows, i
   return {of_rows, of_columns};
 }
 
-// Returns the sum over a matrix of x^2 times the square of its column's number, times that of its row's; without
+// Returns the sum over a matrix of x^2 times the squares of its row's and its column's number; without
 // numbers, of x^2.
 inline double weighted_squares(const float* x, int64_t rows, int64_t columns, const Floats* of_row,
                                const Floats* of_column) {
@@ -95,8 +95,8 @@ inline void renew(float* factor, const Floats& squares, int64_t count, double be
 }
 
 // numbers: rewarm, weight decay, beta2, rho, what is added to squares, the least RMS(W), the largest RMS(U).
-inline void adafactor(const at::Tensor& weight, const at::Tensor& grad, at::TensorList moments, Numbers numbers,
-                      bool scales) {
+inline void adafactor(const at::Tensor& weight, const at::Tensor& grad, at::TensorList moments,
+                      Numbers numbers, bool scales) {
   const auto g = grad.to(at::kFloat).contiguous();
   TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2, "the weights do not lie in order");
   const int64_t rows = weight.size(0), columns = weight.size(1);
@@ -121,7 +121,10 @@ inline void adafactor(const at::Tensor& weight, const at::Tensor& grad, at::Tens
   const auto count = static_cast<double>(weight.numel());
   const double rms = std::sqrt(weighted_squares(x, rows, columns, &a, &b) / count);
   double size = numbers[3];
-  if (scales) size *= std::max(std::sqrt(weighted_squares(w, rows, columns, nullptr, nullptr) / count), numbers[5]);
+  if (scales) {
+    const double of_weights = std::sqrt(weighted_squares(w, rows, columns, nullptr, nullptr) / count);
+    size *= std::max(of_weights, numbers[5]);
+  }
   const float decay = rounded(size * numbers[1]);
   const double step = numbers[0] * size / std::max(rms / numbers[6], 1.0);
   by_chunks(rows, columns, [&](int64_t, int64_t i) {

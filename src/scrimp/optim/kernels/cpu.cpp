@@ -1,10 +1,10 @@
 // Optimizer steps on a CPU: weights and moments are renewed in one pass over the memory. In a subspace
-// (`adam_projected`) the same pass makes of R and its moments the direction, and lifts.h does the rest.
+// (`adam_projected`) the same pass makes of R and its moments the direction; products.h and lifts.h do the
+// rest.
 //
 // A rule (Adam, Lion, Sgd) says what becomes of one element. A moment (Full, Coded) says how its values are
 // kept: as they are, or as codes that are decoded, used and coded again while a block lies in the nearest
-// cache. `walk` puts a rule and its moments together, block by block; it asks for the next block ahead, as
-// the machine itself does not look beyond a page (a tenth of the time).
+// cache. `walk` puts a rule and its moments together, block by block.
 //
 // The float operations are those of rules/adam.py, rules/lion.py and rules/sgd.py, one by one (the compiler
 // must not contract them). Of the loop over a block the compiler has to be told (`omp simd`) that its
@@ -276,9 +276,9 @@ void adam_mini(const at::Tensor& weight, const at::Tensor& grad, Tensors moments
 // Renews moments, limiter and weights. `of_g` and `of_r` are the squared norms of channels, the first for the
 // limiter alone, whose last norm is `last`; `g` is given where the lift reads it.
 template <bool is_hf>
-void step_projected(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& r, const at::Tensor& basis,
-                    const Floats& of_g, const Floats& of_r, Tensors moments, float* last, Numbers numbers,
-                    const Lift& lift, bool transposed) {
+void step_projected(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& r,
+                    const at::Tensor& basis, const Floats& of_g, const Floats& of_r, Tensors moments,
+                    float* last, Numbers numbers, const Lift& lift, bool transposed) {
   const auto direction = at::empty_like(r);
   update<Direction<is_hf>, Coded<true>, Coded<false>>(direction, r, moments, false, numbers);
   const float decay = Adam<is_hf>(numbers).decay;
@@ -299,8 +299,8 @@ void step_projected(const at::Tensor& weight, const at::Tensor& g, const at::Ten
 
 void adam_projected(const at::Tensor& weight, const std::optional<at::Tensor>& grad,
                     const std::optional<at::Tensor>& sketch, const at::Tensor& basis_given, Tensors moments,
-                    const std::optional<at::Tensor>& limiter, Numbers numbers, Numbers lift_numbers, bool is_hf,
-                    bool per_matrix, bool pulls, bool reads, bool transposed) {
+                    const std::optional<at::Tensor>& limiter, Numbers numbers, Numbers lift_numbers,
+                    bool is_hf, bool per_matrix, bool pulls, bool reads, bool transposed) {
   TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2, "the weights do not lie in order");
   TORCH_CHECK(grad || (sketch && !reads), "the gradient is missing");
   const auto g = grad ? grad->to(at::kFloat).contiguous() : at::Tensor();

@@ -6,8 +6,8 @@
 //     W    -= factor phi G + left B^T                            here
 //
 // A channel is a row of the oriented W (k, d), hence a row of R and N (k, r); in memory W may be transposed,
-// so that its channels are columns. G is read twice, once for R and the norms and once for the update: no norm
-// of the whole is known before.
+// so that its channels are columns. G is read twice, once for R and the norms and once for the update: no
+// norm of the whole is known before.
 
 #pragma once
 
@@ -33,8 +33,8 @@ constexpr float kShort = 1e-8f;  // lifts/norms.py
 // Products and differences of a step's numbers are taken in double and rounded once, as torch does.
 inline float rounded(double x) { return static_cast<float>(x); }
 
-// Whether to ask for memory ahead. Intel's own prefetchers stop at the end of a page, so that it saves a tenth of
-// AdamW's time there; on AMD's (EPYC of the fourth generation) it costs two fifths more.
+// Whether to ask for memory ahead. Intel's own prefetchers stop at the end of a page, so that it saves a
+// tenth of AdamW's time there; on AMD's (EPYC of the fourth generation) it costs two fifths more.
 #if defined(__x86_64__)
 inline const bool asks_ahead = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
 #else
@@ -133,7 +133,8 @@ inline Floats projected(const at::Tensor& g, const at::Tensor& basis, bool trans
   if (basis.size(1) == 1)
     return squares_of(g, transposed, basis.contiguous().const_data_ptr<float>(), r.mutable_data_ptr<float>());
   if (!kMultiplies) {
-    at::mm_out(const_cast<at::Tensor&>(r), transposed ? g.t() : g, basis);
+    at::Tensor out = r;
+    at::mm_out(out, transposed ? g.t() : g, basis);
     return with_squares ? squares_of(g, transposed) : Floats();
   }
   Floats squares(with_squares ? r.size(0) : 0);
@@ -233,8 +234,8 @@ void move(const at::Tensor& weight, const at::Tensor& grad, bool transposed, con
 
 // W's update where something is: the change is left B^T, and factor G where there is a gradient.
 template <bool decays_last, bool has_gradient>
-void move_back(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& left, const at::Tensor& basis,
-               bool transposed, const Floats& factor, float decay) {
+void move_back(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& left,
+               const at::Tensor& basis, bool transposed, const Floats& factor, float decay) {
   if (!kMultiplies) {
     if (has_gradient)
       move<false>(weight, grad, transposed, factor, decays_last ? 0.0f : decay);

@@ -3,10 +3,10 @@
 //     project     R = G B, and the squared norms of G's channels
 //     merge       W(i, j) becomes what is made of it and of (X Y^T)(i, j)
 //
-// A product is found in tiles of kTall x kPanel sums, which stay in registers: step by step along the inner side,
-// kTall numbers of one factor meet a panel's vectors of the other. Factors are packed in the order in which tiles
-// read them; of G a block at a time, which stays in the nearest cache until every tile has met it. MKL multiplies
-// as fast, but then W and G cross the memory once more for what else is to be done with them.
+// A product is found in tiles of kTall x kPanel sums, which stay in registers: step by step along the inner
+// side, kTall numbers of one factor meet a panel's vectors of the other. Factors are packed in the order in
+// which tiles read them; of G a block at a time, which stays in the nearest cache until every tile has met
+// it. MKL multiplies as fast, but then W and G cross the memory once more for what else is to be done.
 
 #pragma once
 
@@ -56,8 +56,17 @@ struct Factor {
         stride(std::max<int64_t>(matrix.stride(0), matrix.stride(1))), has_rows(matrix.stride(side) == 1) {
     if (matrix.stride(0) == matrix.stride(1)) stride = 1;  // a column, or one number
   }
-  const float* at(int64_t i, int64_t k) const { return values + (has_rows ? i * stride + k : k * stride + i); }
+  const float* at(int64_t i, int64_t k) const {
+    return values + (has_rows ? i * stride + k : k * stride + i);
+  }
 };
+
+// Copies a matrix (rows, columns), of kLanes at most, as its transpose.
+inline void turn(const float* x, int64_t stride, float* out, int64_t out_stride, int64_t rows,
+                 int64_t columns) {
+  at::vec::transpose_mxn<float>(x, stride, out, out_stride, static_cast<int>(rows),
+                                static_cast<int>(columns));
+}
 
 // Packs the part of a factor that begins at (i, k) as (depth, width), with zeros beyond its end.
 inline void pack(const Factor& factor, int64_t i, int64_t k, int64_t depth, int64_t width, float* out) {
@@ -65,9 +74,8 @@ inline void pack(const Factor& factor, int64_t i, int64_t k, int64_t depth, int6
   if (factor.has_rows) {
     for (int64_t first = 0; first < depth; first += kLanes)
       for (int64_t c = 0; c < count; c += kLanes)
-        at::vec::transpose_mxn<float>(factor.at(i + c, k + first), factor.stride, out + first * width + c, width,
-                                      static_cast<int>(std::min(kLanes, count - c)),
-                                      static_cast<int>(std::min(kLanes, depth - first)));
+        turn(factor.at(i + c, k + first), factor.stride, out + first * width + c, width,
+             std::min(kLanes, count - c), std::min(kLanes, depth - first));
   } else {
     for (int64_t row = 0; row < depth; ++row) std::copy_n(factor.at(i, k + row), count, out + row * width);
   }
@@ -112,14 +120,42 @@ inline void each_of(Sums& sums, const Use& use) {
     for (int64_t j = 0; j < kWide; ++j) use(i, j, sums[i][j]);
 }
 
-// A thread's own: a block of G packed, and the sums of all tiles of a panel.
-struct Workplace {
+// A thread's own: a block of a panel of G packed, the sums of all its tiles, (rank, kPanel), and its squares.
+struct Panel {
   std::vector<Lanes> held;  // which lie on the borders of cache lines
-  float *panel, *sums;
+  float *block, *sums;
+  Lanes squares[kWide];
 
-  explicit Workplace(int64_t tiles)
-      : held(kDepth * kWide + tiles * kTall * kWide), panel(reinterpret_cast<float*>(held.data())),
-        sums(panel + kDepth * kPanel) {}
+  explicit Panel(int64_t tiles)
+      : held(kDepth * kWide + tiles * kTall * kWide), block(reinterpret_cast<float*>(held.data())),
+        sums(block + kDepth * kPanel) {}
+
+  void clear(int64_t from, int64_t to) {
+    std::fill(sums + from * kTile, sums + to * kTile, 0.0f);
+    std::fill(squares, squares + kWide, Lanes(0.0f));
+  }
+  void add_squares(int64_t depth) {
+    for (int64_t row = 0; row < depth; ++row)
+      for (int64_t j = 0; j < kWide; ++j) {
+        const auto x = Lanes::loadu(block + row * kPanel + j * kLanes);
+        squares[j] = at::vec::fmadd(x, x, squares[j]);
+      }
+  }
+  void add_product(int64_t tile, const float* tall, int64_t depth) {
+    float* of_tile = sums + tile * kTile;
+    const auto place = [of_tile](int64_t i, int64_t j) { return of_tile + i * kPanel + j * kLanes; };
+    Sums found;
+    each_of(found, [&](int64_t i, int64_t j, Lanes& sum) { sum = Lanes::loadu(place(i, j)); });
+    multiply(tall, block, depth, found);
+    each_of(found, [&](int64_t i, int64_t j, Lanes& sum) { sum.store(place(i, j)); });
+  }
+  // Writes rows `from` to `to` of the sums as columns of R, whose rows for the panel's channels begin at `r`.
+  void hand_out(int64_t from, int64_t to, int64_t count, float* r, int64_t rank) const {
+    for (int64_t row = from; row < to; row += kLanes)
+      for (int64_t c = 0; c < count; c += kLanes)
+        turn(sums + row * kPanel + c, kPanel, r + c * rank + row, rank, std::min(kLanes, to - row),
+             std::min(kLanes, count - c));
+  }
 };
 
 // Finds R = G B and, where `squares` is given, the squared norms of G's channels.
@@ -132,45 +168,31 @@ inline void project(const Factor& g, const Factor& basis, const at::Tensor& r, f
   auto* out = r.mutable_data_ptr<float>();
   // Threads share panels and tiles as one range: panels alone may be too few to be shared evenly.
   at::parallel_for(0, parts(g.across, kPanel) * tiles, tiles, [&](int64_t begin, int64_t end) {
-    const Workplace work(tiles);
+    Panel panel(tiles);
     for (int64_t next = begin, last; next < end; next = last) {
       const int64_t channel = next / tiles * kPanel, from = next % tiles;
       const int64_t to = std::min(tiles, from + end - next), count = std::min(kPanel, g.across - channel);
       last = next + to - from;
-      const bool finds_squares = squares && from == 0;
-      Lanes square[kWide] = {Lanes(0.0f), Lanes(0.0f), Lanes(0.0f)};
-      std::fill(work.sums + from * kTile, work.sums + to * kTile, 0.0f);
+      panel.clear(from, to);
       for (int64_t k = 0; k < length; k += kDepth) {
         const int64_t depth = std::min(kDepth, length - k);
-        pack(g, channel, k, depth, kPanel, work.panel);
-        for (int64_t row = 0; row < depth && finds_squares; ++row)
-          for (int64_t j = 0; j < kWide; ++j) {
-            const auto x = Lanes::loadu(work.panel + row * kPanel + j * kLanes);
-            square[j] = at::vec::fmadd(x, x, square[j]);
-          }
-        for (int64_t tile = from; tile < to; ++tile) {
-          float* held = work.sums + tile * kTile;
-          Sums sums;
-          each_of(sums, [&](int64_t i, int64_t j, Lanes& sum) { sum = Lanes::loadu(held + i * kPanel + j * kLanes); });
-          multiply(of_basis + (tile * length + k) * kTall, work.panel, depth, sums);
-          each_of(sums, [&](int64_t i, int64_t j, Lanes& sum) { sum.store(held + i * kPanel + j * kLanes); });
-        }
+        pack(g, channel, k, depth, kPanel, panel.block);
+        if (squares && from == 0) panel.add_squares(depth);
+        for (int64_t tile = from; tile < to; ++tile)
+          panel.add_product(tile, of_basis + (tile * length + k) * kTall, depth);
       }
-      for (int64_t row = from * kTall; row < std::min(rank, to * kTall); row += kLanes)
-        for (int64_t c = 0; c < count; c += kLanes)
-          at::vec::transpose_mxn<float>(work.sums + row * kPanel + c, kPanel, out + (channel + c) * rank + row, rank,
-                                        static_cast<int>(std::min({kLanes, rank - row, to * kTall - row})),
-                                        static_cast<int>(std::min(kLanes, count - c)));
-      for (int64_t j = 0; j < kWide && finds_squares && j * kLanes < count; ++j)
-        store(square[j], squares + channel + j * kLanes, count - j * kLanes);
+      panel.hand_out(from * kTall, std::min(rank, to * kTall), count, out + channel * rank, rank);
+      for (int64_t j = 0; j * kLanes < count && squares && from == 0; ++j)
+        store(panel.squares[j], squares + channel + j * kLanes, count - j * kLanes);
     }
   });
 }
 
-// Calls `use(i, j, count, product)` for every vector of X Y^T, `count` elements of row i from column j on, and
-// `fetch(i, j)` for it before its product is begun.
+// Calls `use(i, j, count, product)` for every vector of X Y^T, `count` elements of row i from column j on,
+// and `fetch(i, j)` for it before its product is begun.
 template <class Fetch, class Use>
-void merge(const Factor& x, const Factor& y, const at::TensorOptions& options, const Fetch fetch, const Use use) {
+void merge(const Factor& x, const Factor& y, const at::TensorOptions& options, const Fetch fetch,
+           const Use use) {
   constexpr int64_t kAtOnce = 8;  // tiles and panels that stay in the second cache
   const auto tall = packed(x, kTall, options), wide = packed(y, kPanel, options);
   const auto *of_x = tall.const_data_ptr<float>(), *of_y = wide.const_data_ptr<float>();
@@ -184,7 +206,9 @@ void merge(const Factor& x, const Factor& y, const at::TensorOptions& options, c
     each_of(sums, [](int64_t, int64_t, Lanes& sum) { sum = Lanes(0.0f); });
     multiply(of_x + tile * depth * kTall, of_y + panel * depth * kPanel, depth, sums);
     if (rows == kTall && columns == kPanel)
-      each_of(sums, [&](int64_t i, int64_t j, const Lanes& sum) { use(row + i, column + j * kLanes, kLanes, sum); });
+      each_of(sums, [&](int64_t i, int64_t j, const Lanes& sum) {
+        use(row + i, column + j * kLanes, kLanes, sum);
+      });
     else
       each_of(sums, [&](int64_t i, int64_t j, const Lanes& sum) {
         if (i < rows && j * kLanes < columns)
