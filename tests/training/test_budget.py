@@ -68,17 +68,9 @@ def test_out_of_memory_ends_in_one_sentence(lab: Lab) -> None:
         f"resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n"
         "from scrimp.cli import main\nmain()\n"
     )
-    words = ["train", "--model", "llama-20m", "--steps", "1", "--seq", "512", "--batch", "16"]
-    words += [
-        "--micro-batch",
-        "16",
-        "--data",
-        str(lab.text),
-        "--out",
-        str(lab.path / "big"),
-        "--threads",
-        "1",
-    ]
+    words = ["train", "--model", "llama-20m", "--steps", "1", "--threads", "1"]
+    words += ["--seq", "512", "--batch", "16", "--micro-batch", "16"]
+    words += ["--data", str(lab.text), "--out", str(lab.path / "big")]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120
     )

@@ -83,8 +83,8 @@ RULES: dict[Kernels, dict[str, Rule]] = {
         "aten::convolution_backward": rules.convolution_backward,
         "aten::_linalg_svd": rules.svd,
         "aten::_scaled_dot_product_flash_attention_for_cpu": rules.attention,
-        "scrimp_cpu::adam_projected": rules.projected_step,
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": rules.attention_backward,
+        "scrimp_cpu::adam_projected": rules.projected_step,
     },
     "cuda": {
         **_OURS,

@@ -6,8 +6,9 @@ nearest cache between decoding and coding, so that 8-bit moments would cross the
 In a subspace (GaLore, Fira, APOLLO) the kernel multiplies too: G's norms are found with R = G B, and what is
 projected back leaves the product for the weights at once.
 
-Moments are those of every other path to the bit; weights are too, but where torch's square root is rounded
-otherwise (in its last place, about one in two hundred). Norms are summed in another order.
+Moments of elements are those of every other path to the bit; weights are too, but where torch's square root
+is rounded otherwise (in its last place, about one in two hundred). Products, norms and means are summed in
+another order, and what comes of them is equal to rounding.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -58,33 +59,24 @@ inline std::pair<Floats, Floats> squares_by_both(const float* x, int64_t rows, i
   return {of_rows, of_columns};
 }
 
-// Returns the sum over a matrix of x^2 times the squares of its row's and its column's number; without
-// numbers, of x^2.
-inline double weighted_squares(const float* x, int64_t rows, int64_t columns, const Floats* of_row,
-                               const Floats* of_column) {
+// Returns the sum over a matrix of x^2 times the squares of its row's and its column's number.
+inline double weighted_squares(const float* x, const Floats& of_rows, const Floats& of_columns) {
+  const auto rows = static_cast<int64_t>(of_rows.size()), columns = static_cast<int64_t>(of_columns.size());
   std::vector<double> sums(parts(rows, kRowsAtOnce));
   by_chunks(rows, columns, [&](int64_t chunk, int64_t i) {
     const float* __restrict row = x + i * columns;
-    const float* __restrict weight = of_column ? of_column->data() : nullptr;
+    const float* __restrict weight = of_columns.data();
     double total = 0;
     for (int64_t first = 0; first < columns; first += kBlock) {
-      const int64_t last = std::min(first + kBlock, columns);
       float here = 0;
-      if (weight) {
 #pragma omp simd reduction(+ : here)
-        for (int64_t j = first; j < last; ++j) here += (row[j] * weight[j]) * (row[j] * weight[j]);
-      } else {
-#pragma omp simd reduction(+ : here)
-        for (int64_t j = first; j < last; ++j) here += row[j] * row[j];
-      }
+      for (int64_t j = first; j < std::min(first + kBlock, columns); ++j)
+        here += (row[j] * weight[j]) * (row[j] * weight[j]);
       total += here;
     }
-    const double of_this = of_row ? (*of_row)[i] : 1.0;
-    sums[chunk] += total * of_this * of_this;
+    sums[chunk] += total * of_rows[i] * of_rows[i];
   });
-  double sum = 0;
-  for (const double each : sums) sum += each;
-  return sum;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 // Renews a factor of the second moment by means of squares.
@@ -111,19 +103,17 @@ inline void adafactor(const at::Tensor& weight, const at::Tensor& grad, at::Tens
   renew(row, of_rows, columns, numbers[2], rounded(numbers[4]));
   renew(column, of_columns, rows, numbers[2], rounded(numbers[4]));
 
-  double mean = 0;
-  for (int64_t i = 0; i < rows; ++i) mean += row[i];
-  const auto middle = static_cast<float>(mean / static_cast<double>(rows));
+  const auto middle = static_cast<float>(std::accumulate(row, row + rows, 0.0) / static_cast<double>(rows));
   Floats a(rows), b(columns);
   for (int64_t i = 0; i < rows; ++i) a[i] = 1.0f / std::sqrt(row[i] / middle);
   for (int64_t j = 0; j < columns; ++j) b[j] = 1.0f / std::sqrt(column[j]);
 
   const auto count = static_cast<double>(weight.numel());
-  const double rms = std::sqrt(weighted_squares(x, rows, columns, &a, &b) / count);
+  const double rms = std::sqrt(weighted_squares(x, a, b) / count);
   double size = numbers[3];
   if (scales) {
-    const double of_weights = std::sqrt(weighted_squares(w, rows, columns, nullptr, nullptr) / count);
-    size *= std::max(of_weights, numbers[5]);
+    const Floats squares = squares_of(weight, false);
+    size *= std::max(std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0) / count), numbers[5]);
   }
   const float decay = rounded(size * numbers[1]);
   const double step = numbers[0] * size / std::max(rms / numbers[6], 1.0);
