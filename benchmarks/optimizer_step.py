@@ -7,7 +7,8 @@ Over the real parameters of a shape, fp32, with random gradients. All sides of a
 over the same weights and gradients, and step in turn; a ratio is taken within a turn. The first step, which
 compiles and chooses subspaces, is outside the clock.
 
-The bound of a turn is measured within it:
+The bound of a turn is measured within it, between three more of our steps. Both are the best of three: the
+machine that this runs on is shared, and one step against a rate's best would count others' work as ours.
 
     FLOPs of the step's products / FLOP/s of a product of 2048 x 2048      2 k d r a product
     + bytes of the step / bytes/s of the triad a += s b over 256 MiB        (or c = a + s b, if faster)
@@ -61,6 +62,7 @@ OVER_FUSED = {"adamw-8bit": 2.0}
 READS = {"AdamMini": 2, "Adafactor": 3}  # of G by whole rules, by class
 TRIAD = 1 << 26  # elements: an array of 256 MiB is beyond most caches
 SIDE = 2048
+TRIES = 3  # of our step and of the machine's rates, in each turn
 
 
 def main() -> None:
@@ -103,11 +105,12 @@ def _worker(kind: str, given: dict[str, Any], env: dict[str, str]) -> dict[str, 
 
 def _compared(case: dict[str, Any]) -> dict[str, Any]:
     """Return a case with its seconds as spreads, and what they are to ours and to the bound."""
-    seconds, bounds = case.pop("seconds"), case.pop("bounds")
+    seconds, beside, bounds = case.pop("seconds"), case.pop("beside"), case.pop("bounds")
     found = case | {
         "seconds": {side: spread(values, 5) for side, values in seconds.items()},
+        "seconds_beside_bound": spread(beside, 5),
         "bound_seconds": spread(bounds, 5),
-        "over_bound": ratios(seconds["ours"], bounds),
+        "over_bound": ratios(beside, bounds),
         "faster_than": {
             side: ratios(values, seconds["ours"]) for side, values in seconds.items() if side != "ours"
         },
@@ -188,12 +191,15 @@ def step_seconds(*, size: str, method: str, threads: int, turns: int) -> dict[st
     work, rates = work_of(mine), Rates()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    measured: list[tuple[float, float]] = []
+    beside, measured = [], []
     for turn in range(turns):
         order = list(sides.items())[:: 1 if turn % 2 else -1]
         for name, step in order:
             seconds[name].append(_seconds(step))
-        measured.append((rates.flops(), rates.bandwidth()))
+        tries = [(_seconds(mine.step), rates.flops(), rates.bandwidth()) for _ in range(TRIES)]
+        best, *rate = zip(*tries, strict=True)
+        beside.append(min(best))
+        measured.append(tuple(max(each) for each in rate))
     again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     assert not again, f"{again} graphs were compiled within the clock"
     return {
@@ -207,6 +213,7 @@ def step_seconds(*, size: str, method: str, threads: int, turns: int) -> dict[st
         "gflops": spread([flops / 1e9 for flops, _ in measured], 1),
         "gigabytes_per_s": spread([rate / 1e9 for _, rate in measured], 2),
         "seconds": seconds,
+        "beside": beside,
         "bounds": [work["flops"] / flops + work["bytes"] / rate for flops, rate in measured],
     }
 
@@ -252,7 +259,7 @@ def _bytes(plan: Any, slot: Any) -> int:
 
 
 class Rates:
-    """What the machine can do, as the best of three tries each time it is asked."""
+    """What the machine can do at the moment."""
 
     def __init__(self) -> None:
         import torch
@@ -264,13 +271,13 @@ class Rates:
     def flops(self) -> float:
         """Return FLOP/s of a product of two square matrices, fp32."""
         a, b, out = self._squares
-        return 2 * SIDE**3 / min(_seconds(lambda: self._torch.mm(a, b, out=out)) for _ in range(3))
+        return 2 * SIDE**3 / _seconds(lambda: self._torch.mm(a, b, out=out))
 
     def bandwidth(self) -> float:
         """Return bytes/s of the faster triad; each is counted as two arrays read and one written."""
         a, b, out = self._arrays
         triads = (lambda: out.add_(b, alpha=1e-9), lambda: self._torch.add(a, b, alpha=2.0, out=out))
-        return 12 * TRIAD / min(_seconds(triad) for _ in range(3) for triad in triads)
+        return 12 * TRIAD / min(_seconds(triad) for triad in triads)
 
 
 if __name__ == "__main__":
