@@ -29,6 +29,8 @@ from typing import Any
 
 from _common import ratios, run_json, say, spread, start
 
+from scrimp.base.platform import SHORT_WAIT
+
 RANKS = (8, 16, 16, 32)
 CASES = ("1x8", "1x16", "1x32", "1x64", "4x128")
 PROMISED = "1x16"
@@ -50,7 +52,7 @@ def main() -> None:
         rows, seq = map(int, case.split("x"))
         settings = {"model": str(given.model), "rows": rows, "seq": seq, "weights": given.weights}
         settings |= {"turns": given.turns, "threads": given.threads or os.cpu_count()}
-        found = run_json([sys.executable, __file__, "--worker", json.dumps(settings)])
+        found = run_json([sys.executable, __file__, "--worker", json.dumps(settings)], env=SHORT_WAIT)
         cases[case] = compare(found)
         for side in ("in turn", "two at once"):
             what = f"{case}: times the tokens a second of four runs, {side}"

@@ -9,7 +9,8 @@ runs the shared batches (`lay_together`): where any job has an adapter it has a 
 
 Memory: x and the (rows, r) products x_j A_j^T are kept for the backward pass, as a single LoRA keeps them; y
 is kept by nobody, so it may be changed in place. An activation policy that keeps the products of matrices
-cannot be used with that, and torch says so.
+cannot be used with that, and torch says so. On a CPU all jobs' small products of a layer are one call
+(`together_cpu`).
 
 Source: the split at the small product is LoRAFusion's, Zhu et al., arXiv 2510.00206; its adapters' tokens
 share a product as mLoRA's do, Ye et al., arXiv 2312.02515.
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from scrimp.tuning import together_cpu
 from scrimp.tuning.from_peft.tuning import ADAPTER
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -114,35 +116,60 @@ class _Added(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, lows: tuple[Low, ...], dtype: torch.dtype, *factors: Tensor
     ) -> Tensor:
-        small = []
-        for (first, last, scale), a, b in zip(lows, factors[::2], factors[1::2], strict=True):
-            s = (x[first:last].flatten(0, -2).to(dtype) @ a.to(dtype).T).mul_(scale)
-            _put(y[first:last], s, b.to(dtype).T, keep=1.0)
-            small.append(s)
+        is_plain = dtype == x.dtype and together_cpu.takes(x, y, factors)
+        small = (
+            together_cpu.add_rows(y, x, lows, factors) if is_plain else _add_rows(y, x, lows, factors, dtype)
+        )
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, *factors, *small)
-        ctx.lows, ctx.dtype = lows, dtype
+        ctx.lows, ctx.is_plain = lows, is_plain
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gy = gradients[0].contiguous()
-        count, dtype = len(ctx.lows), ctx.dtype
+        count = len(ctx.lows)
         x, *rest = ctx.saved_tensors
         factors, small = rest[: 2 * count], rest[2 * count :]
         gx = _rows_like(x, ctx.lows) if ctx.needs_input_grad[1] else None
-        found: list[Tensor] = []
-        for (first, last, scale), a, b, s in zip(ctx.lows, factors[::2], factors[1::2], small, strict=True):
-            g = gy[first:last].flatten(0, -2).to(dtype)
-            gs = (g @ b.to(dtype)).mul_(scale)
-            found.append((gs.T @ x[first:last].flatten(0, -2).to(dtype)).to(a.dtype))
-            found.append((g.T @ s).to(b.dtype))
-            if gx is not None:
-                _put(gx[first:last], gs, a.to(dtype), keep=0.0)
+        backward = together_cpu.rows_backward if ctx.is_plain else _rows_backward
+        found = backward(gy, x, gx, ctx.lows, factors, small)
         return gradients[0], gx, None, None, *found
 
 
 _add_all: Any = _Added.apply
+
+
+def _add_rows(
+    y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """The equations of `together_cpu.add_rows`, on any device, in `dtype`."""
+    small = []
+    for (first, last, scale), a, b in zip(lows, factors[::2], factors[1::2], strict=True):
+        s = (x[first:last].flatten(0, -2).to(dtype) @ a.to(dtype).T).mul_(scale)
+        _put(y[first:last], s, b.to(dtype).T, keep=1.0)
+        small.append(s)
+    return small
+
+
+def _rows_backward(
+    gy: Tensor,
+    x: Tensor,
+    gx: Tensor | None,
+    lows: Sequence[Low],
+    factors: Sequence[Tensor],
+    small: Sequence[Tensor],
+) -> list[Tensor]:
+    """The equations of `together_cpu.rows_backward`, on any device, in the dtype of `small`."""
+    found = []
+    for (first, last, scale), a, b, s in zip(lows, factors[::2], factors[1::2], small, strict=True):
+        g = gy[first:last].flatten(0, -2).to(s.dtype)
+        gs = (g @ b.to(s.dtype)).mul_(scale)
+        found.append((gs.T @ x[first:last].flatten(0, -2).to(s.dtype)).to(a.dtype))
+        found.append((g.T @ s).to(b.dtype))
+        if gx is not None:
+            _put(gx[first:last], gs, a.to(s.dtype), keep=0.0)
+    return found
 
 
 def _put(rows: Tensor, left: Tensor, right: Tensor, *, keep: float) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from scrimp.optim.kernels.build import library
+from scrimp.base.cpp import load
 from scrimp.optim.stores import dynamic_map
 
 DECADES = 7
@@ -29,16 +27,7 @@ _IN_PLACE = ("adafactor", "adam", "adam_mini", "adam_projected", "lion", "sgd", 
 
 @functools.cache
 def _loaded() -> bool:
-    try:
-        torch.ops.load_library(library(_SOURCE))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        lines = [line for line in output.splitlines() if "error" in line] or [output]
-        warnings.warn(
-            f"optimizer steps are slower here, as their C++ could not be built ({lines[0]}). "
-            "Install a C++ compiler (g++ or clang) to have it.",
-            stacklevel=2,
-        )
+    if not load(_SOURCE, slower="optimizer steps are"):
         return False
     with _disable_current_modes():  # the first to ask may be a simulation on fake tensors
         for signed in (False, True):

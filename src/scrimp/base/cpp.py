@@ -1,4 +1,6 @@
-"""Builds C++ against the installed torch: once for its text, its flags and that torch, and kept.
+"""Builds C++ operators against the installed torch: on first use, once for text, flags and torch, and kept.
+
+Who cannot build it lacks speed alone: each operator has its equations in torch beside it.
 
 It is one call of the compiler: torch's own loader needs ninja, and waits for ever on the lock of a build that
 was killed.
@@ -11,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,7 +36,28 @@ _VECTORS = {
 _THREADS = ("-fopenmp",) if sys.platform == "linux" else ("-fopenmp-simd",)
 
 
-def library(source: Path) -> Path:
+def load(source: Path, *, slower: str) -> bool:
+    """Build and load the operators of a C++ file, and tell whether they are there.
+
+    Args:
+        source: The file; headers lie beside it.
+        slower: What takes longer without them, for the one warning where they cannot be built.
+    """
+    try:
+        torch.ops.load_library(_library(source))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in output.splitlines() if "error" in line] or [output]
+        warnings.warn(
+            f"{slower} slower here, as their C++ could not be built ({lines[0]}). "
+            "Install a C++ compiler (g++ or clang) to have it.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _library(source: Path) -> Path:
     """Return the compiled library of a C++ file, compiling it where this torch and machine have none yet.
 
     Args:
