@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 
 import yaml
 from typer.main import get_command
 
+from scrimp.assembly import load_function, takes_besides
 from scrimp.cli import app
 from scrimp.methods import METHODS, PIECES, Piece
 from scrimp.recipe import fields
@@ -99,6 +101,21 @@ def pieces_table() -> str:
     return _table(("choice", "piece", "what it is", "options and defaults", "gives up"), rows)
 
 
+def besides_table() -> str:
+    """What `options` of a section may hold, with each function's defaults."""
+    rows = []
+    for piece in PIECES:
+        if names := takes_besides(piece.choice, piece.name):
+            defaults = signature(load_function(piece.builder)).parameters
+            stated = (f"`{name}` {_brief(defaults[name].default)}" for name in names)
+            rows.append((f"`{piece.choice}`", f"`{piece.name}`", ", ".join(stated)))
+    return _table(("section", "its name", "options and defaults"), rows)
+
+
+def _brief(value: object) -> str:
+    return f"`{value:g}`" if isinstance(value, float) else _plain(value) or "none"
+
+
 def optimizers_table() -> str:
     """Every optimizer's options, and its learning rate beside AdamW's."""
     rows = [
@@ -132,6 +149,7 @@ TABLES = {
     "shapes": shapes_table,
     "methods": methods_table,
     "pieces": pieces_table,
+    "besides": besides_table,
     "optimizers": optimizers_table,
     "commands": commands_table,
 }

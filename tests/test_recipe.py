@@ -69,6 +69,8 @@ def test_one_path_or_several_are_the_same_field() -> None:
         ("log", "wandb,tensorboard", ("wandb", "tensorboard")),
         ("memory", "6 GiB", "6 GiB"),
         ("micro_batch", "auto", None),
+        ("tune.options", "mask=snip", ("mask=snip",)),
+        ("optimizer.options", "gammas=0.6,0.8, theta=1", ("gammas=0.6,0.8", "theta=1")),
     ],
 )
 def test_text_and_typed_values_mean_the_same(name: str, text: str, value: Any) -> None:
@@ -131,6 +133,8 @@ def test_an_unknown_piece_is_refused_once_not_with_its_path_twice() -> None:
         {"log": ["csv"]},
         {"clip": "nan"},
         {"compile": "maybe"},
+        {"tune": {"options": "mask"}},
+        {"tune": {"options": "=snip"}},
     ],
 )
 def test_what_makes_no_sense_is_refused(data: dict[str, Any]) -> None:

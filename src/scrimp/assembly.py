@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
+from scrimp.base.errors import ScrimpError
 from scrimp.base.seeds import derive
+from scrimp.base.suggest import did_you_mean
 from scrimp.methods import Choice, piece
 from scrimp.recipe import Recipe
 
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
         Updates,
     )
     from scrimp.optim.optimizer import Optimizer
+
+# What builders take of the run, or of the other fields.
+FROM_THE_RUN = frozenset({"lr", "seed", "steps", "length", "compile", "inner"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +154,55 @@ def _options(choice: Choice, recipe: Recipe) -> dict[str, Any]:
     """Return the options of a choice's piece that the recipe has; a builder knows its own defaults."""
     section = getattr(recipe, choice)
     given = {name: getattr(section, name) for name in piece(choice, section.name).options}
-    return {name: value for name, value in given.items() if value is not None}
+    stated = {name: value for name, value in given.items() if value is not None}
+    return stated | _further(choice, section)
+
+
+def _further(choice: Choice, section: Any) -> dict[str, Any]:
+    """Return a section's `options` in the types that the builder states.
+
+    Raises:
+        ScrimpError: The builder takes no such option, or not such a value.
+    """
+    given = dict(each.split("=", 1) for each in getattr(section, "options", ()))
+    if not given:
+        return {}
+    taken, named = takes_besides(choice, section.name), f"{choice} {section.name}"
+    for name in given.keys() - taken.keys():
+        if name in piece(choice, section.name).options:
+            raise ScrimpError(f"{named}: {name} is a field of its own, {choice}.{name}; write it there")
+        has = f"takes {', '.join(taken)}" if taken else "takes none"
+        raise ScrimpError(
+            f"{choice}.options: {named} has no option {name!r}{did_you_mean(name, taken)}; it {has}"
+        )
+    return {name: _typed(f"{choice}.options", name, value, taken[name]) for name, value in given.items()}
+
+
+def takes_besides(choice: Choice, name: str) -> dict[str, Any]:
+    """Return what a piece's builder takes that no field holds: the type of each option, by name."""
+    found = piece(choice, name)
+    builder = load_function(found.builder)
+    known = {*found.options, *FROM_THE_RUN}
+    stated = {
+        each.name: each.annotation
+        for each in signature(builder).parameters.values()
+        if each.kind is each.KEYWORD_ONLY and each.name not in known
+    }
+    namespace = vars(sys.modules[builder.__module__])
+    return get_type_hints(SimpleNamespace(__annotations__=stated), namespace)
+
+
+def _typed(where: str, name: str, text: str, kind: Any) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    kinds = {get_origin(each) or each for each in (kind, *get_args(kind))}
+    if text.lower() == "none" and type(None) in kinds:
+        return None
+    try:
+        return TypeAdapter(kind).validate_python(text.split(",") if tuple in kinds else text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise ScrimpError(f"{where}: {name} = {text!r}: {problem[0].lower()}{problem[1:]}") from None
 
 
 def load_function(where: str) -> Callable[..., Any]:

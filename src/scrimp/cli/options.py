@@ -64,7 +64,7 @@ def _annotation(field: str) -> Any:
     default = info.get_default(call_default_factory=True)
     # Round brackets: square ones would be markup.
     shown = "" if default in (None, (), "auto", False) else f" (default: {_plain(default)})"
-    flag, numbers = info.annotation in (bool, bool | None), str(info.annotation)
+    flag = info.annotation in (bool, bool | None)
     kind = bool | None if flag else list[str] | None if field == "data.path" else str | None
     return Annotated[
         kind,
@@ -72,10 +72,17 @@ def _annotation(field: str) -> Any:
             *option_names(field),
             help=f"{info.description}{shown}",
             rich_help_panel="Recipe: the usual" if _is_usual(field) else "Recipe: the rest",
-            metavar=None if flag else "N" if "int" in numbers or "float" in numbers else "NAME",
+            metavar=None if flag else _metavar(field),
             show_default=False,
         ),
     ]
+
+
+def _metavar(field: str) -> str:
+    if field.endswith(".options"):
+        return "NAME=VALUE"
+    annotation = str(fields()[field].annotation)
+    return "N" if "int" in annotation or "float" in annotation else "NAME"
 
 
 def _is_usual(field: str) -> bool:

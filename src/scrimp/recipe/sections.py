@@ -25,12 +25,29 @@ def split(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _by_name(value: Any) -> Any:
+    """Read `a=1,b=2,3`, or {a: 1, b: [2, 3]}, as the texts `a=1` and `b=2,3`."""
+    if isinstance(value, Mapping):
+        several = ((name, each if isinstance(each, list | tuple) else [each]) for name, each in value.items())
+        return tuple(f"{name}={','.join(map(str, each))}" for name, each in several)
+    found: list[str] = []
+    for part in split(value):
+        if "=" in str(part).lstrip(" ="):
+            found.append(str(part).strip())
+        elif found:
+            found[-1] += f",{str(part).strip()}"
+        else:
+            raise ValueError("write it as name=value, several with commas between")
+    return tuple(found)
+
+
 def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Auto = BeforeValidator(_auto_is_none)
+Further = Annotated[tuple[str, ...], BeforeValidator(_by_name)]
 
 
 def _one_is_a_tuple(value: Any) -> Any:
@@ -108,6 +125,9 @@ class Weights(Section):
     name: str = Field(default="dense", description="parametrisation of the weights")
     group: int | None = Field(default=None, ge=1, description="weights that share a scale")
     double: bool | None = Field(default=None, description="keep the scales themselves in 8 bits")
+    options: Further = Field(
+        default=(), description="what else a way to keep weights takes, as name=value,..."
+    )
 
 
 class Tune(Section):
@@ -141,6 +161,7 @@ class Tune(Section):
     variant: Literal["paper", "released"] | None = Field(
         default=None, description="where a method's paper and its authors' code differ, whose form"
     )
+    options: Further = Field(default=(), description="what else a way to tune takes, as name=value,...")
     merge: bool = Field(default=False, description="write the merged model beside the adapter")
 
 
@@ -189,6 +210,7 @@ class Optimizer(Section):
         default=False,
         description="compile the update: faster where no kernel does it, after seconds at the first step",
     )
+    options: Further = Field(default=(), description="what else an optimizer takes, as name=value,...")
 
     @field_validator("betas", mode="after")
     @classmethod
