@@ -139,7 +139,7 @@ def commands_table() -> str:
         (f"`scrimp {name}`", f"`{parameter.metavar or parameter.opts[0]}`", parameter.help)
         for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
         for parameter in command.params
-        if not parameter.name.startswith("field_")
+        if not parameter.name.startswith("field_") and not getattr(parameter, "hidden", False)
     ]
     return _table(("command", "argument or option", "meaning"), rows)
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from scrimp.cli import app, options
+from scrimp.memory.command import _option
 from scrimp.methods import PIECES
+from scrimp.recipe import SHORT as SHORT_NAMES
 from scrimp.recipe import Recipe, fields, flat, replace
 
 # The short names that exist, as the project's users may rely on them.
@@ -40,7 +43,8 @@ def test_every_field_has_exactly_one_dotted_name(declared: dict[str, Any]) -> No
     dotted = [f"--{field.replace('_', '-')}" for field in fields()]
     assert len(dotted) == len(set(dotted)) > 30
     assert set(dotted) <= declared.keys()
-    assert {name for name in declared if "." in name} == {name for name in dotted if "." in name}
+    shown = {name for name in declared if not name.startswith("--no-")}
+    assert {name for name in shown if "." in name} == {name for name in dotted if "." in name}
 
 
 def test_the_short_names_are_those_of_the_contract(declared: dict[str, Any]) -> None:
@@ -54,10 +58,10 @@ def test_no_option_is_declared_twice(declared: dict[str, Any]) -> None:
     assert set(names) <= declared.keys()
 
 
-@pytest.mark.parametrize("short", sorted(options.SHORT.values()))
+@pytest.mark.parametrize("short", sorted(SHORT_NAMES.values()))
 def test_a_short_name_and_its_dotted_one_say_the_same(short: str, declared: dict[str, Any]) -> None:
-    field = next(field for field, name in options.SHORT.items() if name == short)
-    assert declared[short] is declared[f"--{field.replace('_', '-')}"]
+    field = next(field for field, name in SHORT_NAMES.items() if name == short)
+    assert declared[f"--{short}"] is declared[f"--{field.replace('_', '-')}"]
 
 
 def test_a_recipe_cannot_name_code_or_its_own_folder() -> None:
@@ -137,6 +141,33 @@ def test_every_option_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None
         assert stated[field] is not None
         reached += 1
     assert reached == len(fields())
+
+
+FLAGS = [field for field, info in fields().items() if info.annotation in options.FLAGS]
+
+
+@pytest.mark.parametrize("field", FLAGS)
+def test_a_flag_of_a_file_can_be_unset(field: str) -> None:
+    given: list[dict[str, Any]] = []
+
+    def take(stated: dict[str, Any]) -> None:
+        """Take what was stated."""
+        given.append(stated)
+
+    made = typer.Typer()
+    made.command()(options.with_recipe_options(take))
+    for word in ("", "no-"):
+        result = CliRunner().invoke(made, [f"--{word}{field.replace('_', '-')}"])
+        assert result.exit_code == 0, result.output
+    assert given == [{field: True}, {field: False}]
+
+
+@pytest.mark.parametrize("field", FLAGS)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_plans_command_states_a_flag_as_it_is(field: str, value: bool, declared: dict[str, Any]) -> None:
+    word = _option(SHORT_NAMES.get(field, field).replace("_", "-"), value)
+    assert word.startswith("--no-") is not value
+    assert declared[word].name.endswith(field.replace(".", "__"))
 
 
 def test_data_may_be_named_several_times() -> None:

@@ -12,25 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from scrimp.recipe import fields
+from scrimp.recipe import SHORT, fields
 
-SHORT = {
-    "model.name": "--model",
-    "data.path": "--data",
-    "weights.name": "--weights",
-    "tune.name": "--tune",
-    "tune.merge": "--merge",
-    "optimizer.name": "--optimizer",
-    "placement.name": "--placement",
-    "optimizer.lr": "--lr",
-}
-_PREFIX = "field_"
+FLAGS = (bool, bool | None)
+_PREFIX, _UNSET = "field_", "unset_"
 
 
 def option_names(field: str) -> list[str]:
     """Return the option names of a dotted field, the short one first."""
-    dotted = f"--{field.replace('_', '-')}"
-    return [SHORT[field], dotted] if field in SHORT else [dotted]
+    names = [SHORT[field], field] if field in SHORT else [field]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,13 +34,18 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     in_order = [*SHORT, *sorted(fields(), key=_is_usual, reverse=True)]
     made = {_PREFIX + field.replace(".", "__"): field for field in dict.fromkeys(in_order)}
 
+    unset = {f"{_UNSET}{name}": field for name, field in made.items() if fields()[field].annotation in FLAGS}
+
     def wrapper(**given: Any) -> None:
         stated = {field: given.pop(name) for name, field in made.items()}
+        stated |= {field: False for name, field in unset.items() if given.pop(name)}
         command(stated={field: value for field, value in stated.items() if value not in (None, [])}, **given)
 
+    types_of = {name: _annotation(field) for name, field in made.items()}
+    types_of |= {name: _unsetting(field) for name, field in unset.items()}
     extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(field))
-        for name, field in made.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=each)
+        for name, each in types_of.items()
     ]
     types = inspect.get_annotations(command, eval_str=True)
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[p.name]) for p in own]
@@ -64,7 +60,7 @@ def _annotation(field: str) -> Any:
     default = info.get_default(call_default_factory=True)
     # Round brackets: square ones would be markup.
     shown = "" if default in (None, (), "auto", False) else f" (default: {_plain(default)})"
-    flag = info.annotation in (bool, bool | None)
+    flag = info.annotation in FLAGS
     kind = bool | None if flag else list[str] | None if field == "data.path" else str | None
     return Annotated[
         kind,
@@ -76,6 +72,12 @@ def _annotation(field: str) -> Any:
             show_default=False,
         ),
     ]
+
+
+def _unsetting(field: str) -> Any:
+    """Return the option that unsets a flag of a recipe file; in `--help` it would double every flag."""
+    names = [f"--no-{name.removeprefix('--')}" for name in option_names(field)]
+    return Annotated[bool | None, typer.Option(*names, hidden=True)]
 
 
 def _metavar(field: str) -> str:

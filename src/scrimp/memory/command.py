@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from scrimp.memory.planner import FIELDS, Candidate
-from scrimp.recipe import Recipe, flat
+from scrimp.recipe import SHORT, Recipe, flat
 
 
 def command_of(candidate: Candidate, asked: Recipe) -> str:
@@ -15,21 +15,14 @@ def command_of(candidate: Candidate, asked: Recipe) -> str:
     values |= {"precision": recipe.precision, "micro_batch": recipe.micro_batch}
     default = flat(Recipe())
     shown = {n: v for n, v in values.items() if v != default[n] or n == "model.name"}
-    short = {
-        "model.name": "model",
-        "optimizer.name": "optimizer",
-        "placement.name": "placement",
-        "data.path": "data",
-        "optimizer.lr": "lr",
-    }
-    words = [_option(f"--{short.get(n, n).replace('_', '-')}", v) for n, v in shown.items()]
+    words = [_option(SHORT.get(n, n).replace("_", "-"), v) for n, v in shown.items()]
     return " ".join(["scrimp train", *words])
 
 
 def _option(name: str, value: object) -> str:
     if isinstance(value, bool):
-        return name
-    if name == "--data" and isinstance(value, tuple):
-        return " ".join(f"{name} {shlex.quote(path)}" for path in value)
+        return f"--{name}" if value else f"--no-{name}"
+    if name == SHORT["data.path"] and isinstance(value, tuple):
+        return " ".join(f"--{name} {shlex.quote(path)}" for path in value)
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return f"{name} {shlex.quote(text)}"
+    return f"--{name} {shlex.quote(text)}"

@@ -39,6 +39,7 @@ from scrimp.recipe.sections import (
 )
 
 __all__ = [
+    "SHORT",
     "Device",
     "Logger",
     "Optimizer",
@@ -50,6 +51,17 @@ __all__ = [
     "parse",
     "replace",
 ]
+
+SHORT = {  # fields that the command line has a short name for
+    "model.name": "model",
+    "data.path": "data",
+    "weights.name": "weights",
+    "tune.name": "tune",
+    "tune.merge": "merge",
+    "optimizer.name": "optimizer",
+    "placement.name": "placement",
+    "optimizer.lr": "lr",
+}
 
 
 class Recipe(Section):
