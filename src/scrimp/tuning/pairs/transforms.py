@@ -205,7 +205,7 @@ class EquivalentAdam(PairTransform):
         if kept:
             raise ScrimpError(
                 f"tune {self.name}: its full variant is Adam already, and the optimizer keeps {kept[0]}: "
-                "use --optimizer sgd --optimizer.momentum 0"
+                "use --optimizer sgd-m --optimizer.momentum 0"
             )
 
     def _adam(self, pair: Pair, grad: Tensor, is_finite: Tensor) -> Tensor:
