@@ -29,7 +29,7 @@ def test_every_default_may_be_stated_as_text(piece: Piece) -> None:
     defaults = {name: taken[name].default for name in takes_besides(piece.choice, piece.name)}
     text = ",".join(f"{name}={as_text(value)}" for name, value in defaults.items())
     recipe = replace(Recipe(), {f"{piece.choice}.name": piece.name, f"{piece.choice}.options": text})
-    assert assembly._options(piece.choice, recipe) == defaults
+    assert assembly.piece_options(piece.choice, recipe) == defaults
 
 
 def test_an_optimizer_is_the_one_of_its_python_function() -> None:

@@ -97,7 +97,7 @@ def assemble(
 
 def make_weights(recipe: Recipe) -> Parametrisation:
     """Make how the matrices of a recipe are stored."""
-    return cast("Parametrisation", _builder("weights", recipe)(**_options("weights", recipe)))
+    return cast("Parametrisation", _builder("weights", recipe)(**piece_options("weights", recipe)))
 
 
 def make_loss(recipe: Recipe, model: nn.Module) -> Loss:
@@ -117,7 +117,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """Make the optimizer of a resolved recipe over what trains of a model."""
     settings, seed = recipe.optimizer, derive(recipe.seed, "optimizer")
     rate = {} if settings.lr is None else {"lr": settings.lr}  # an unsettled recipe is planned with any
-    make = functools.partial(_builder("optimizer", recipe), **rate, **_options("optimizer", recipe))
+    make = functools.partial(_builder("optimizer", recipe), **rate, **piece_options("optimizer", recipe))
     made = cast("Optimizer", make(model, seed=seed, compile=settings.compile))
     if recipe.device != "cpu":  # in a simulation its tensors are a CPU's
         made.leave_kernels_out()
@@ -142,7 +142,7 @@ def _make_tune(recipe: Recipe) -> Trainable:
     known = {"seed": derive(recipe.seed, "tune"), "steps": recipe.steps, "length": recipe.seq}
     taken = signature(builder).parameters
     more = {name: value for name, value in known.items() if name in taken and value is not None}
-    return cast("Trainable", builder(**_options("tune", recipe), **more))
+    return cast("Trainable", builder(**piece_options("tune", recipe), **more))
 
 
 def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ def _builder(choice: Choice, recipe: Recipe) -> Callable[..., Any]:
     return load_function(piece(choice, name).builder)
 
 
-def _options(choice: Choice, recipe: Recipe) -> dict[str, Any]:
+def piece_options(choice: Choice, recipe: Recipe) -> dict[str, Any]:
     """Return the options of a choice's piece that the recipe has; a builder knows its own defaults."""
     section = getattr(recipe, choice)
     given = {name: getattr(section, name) for name in piece(choice, section.name).options}

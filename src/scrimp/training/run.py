@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from scrimp import adapted, models, recipe_file
+from scrimp.assembly import piece_options
 from scrimp.base import files
 from scrimp.base.errors import Interrupted, ScrimpError
 from scrimp.base.protocols import Adapter
@@ -25,7 +26,6 @@ from scrimp.build import Inputs, Job, Prepared, build, make_loader, prepare
 from scrimp.memory.heap import choose_policy, returning, trimming
 from scrimp.memory.machine import CUDA_CONTEXT
 from scrimp.memory.observer import PeakMeter
-from scrimp.methods import piece
 from scrimp.recipe import Recipe, flat
 from scrimp.resolve import Resolved, choose_device, resolve
 from scrimp.training import checkpoint
@@ -313,7 +313,7 @@ def _stored(job: Job) -> dict[str, object] | None:
     kept = job.recipe.weights
     if kept.name == "dense":
         return None
-    options = {name: getattr(kept, name) for name in piece("weights", kept.name).options}
+    options = piece_options("weights", job.recipe)
     dtype = torch.bfloat16 if job.recipe.precision == "bf16" else torch.float32
     return {"name": kept.name, "options": options, "dtype": str(dtype).removeprefix("torch.")}
 
