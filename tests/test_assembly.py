@@ -56,11 +56,14 @@ def test_an_optimizer_is_the_one_of_its_python_function() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("gama=2", "has no option 'gama' (did you mean 'gamma'?); it takes side, scale_type"),
+        ("gama=2", "has no 'gama' among them (did you mean 'gamma'?); they may hold side, scale_type"),
         ("gamma=wide", "gamma = 'wide': input should be a valid number"),
         ("proj=none", "proj = 'none': input should be 'random' or 'svd'"),
-        ("rank=4", "rank is a field of its own, optimizer.rank"),
-        ("seed=4", "has no option 'seed'"),
+        ("rank=4", "rank is a field of its own: write optimizer.rank"),
+        ("lr=4", "lr is a field of its own: write optimizer.lr"),
+        ("seed=4", "has no 'seed' among them"),
+        ("gamma=inf", "gamma = 'inf': input should be a finite number"),
+        ("gamma=nan", "gamma = 'nan': input should be a finite number"),
     ],
 )
 def test_what_the_function_does_not_take_is_refused(options: str, said: str) -> None:
@@ -70,9 +73,15 @@ def test_what_the_function_does_not_take_is_refused(options: str, said: str) -> 
     assert said in str(caught.value)
 
 
+def test_too_few_values_are_counted() -> None:
+    recipe = replace(Recipe(), {"optimizer.name": "stable-spam", "optimizer.options": "gammas=0.7"})
+    with pytest.raises(ScrimpError, match=r"gammas = '0\.7': it has 2 values"):
+        assembly.make_optimizer(recipe, nn.Linear(8, 8))
+
+
 def test_a_method_without_any_says_so() -> None:
     recipe = replace(Recipe(), {"optimizer.name": "adamw", "optimizer.options": "gamma=2"})
-    with pytest.raises(ScrimpError, match="has no option 'gamma'; it takes none"):
+    with pytest.raises(ScrimpError, match="has no 'gamma' among them; they must be empty"):
         assembly.make_optimizer(recipe, nn.Linear(8, 8))
 
 

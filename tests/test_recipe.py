@@ -70,7 +70,8 @@ def test_one_path_or_several_are_the_same_field() -> None:
         ("memory", "6 GiB", "6 GiB"),
         ("micro_batch", "auto", None),
         ("tune.options", "mask=snip", ("mask=snip",)),
-        ("optimizer.options", "gammas=0.6,0.8, theta=1", ("gammas=0.6,0.8", "theta=1")),
+        ("optimizer.options", "theta = 1,gammas=0.6, 0.8", ("gammas=0.6,0.8", "theta=1")),
+        ("optimizer.options", "", ()),
     ],
 )
 def test_text_and_typed_values_mean_the_same(name: str, text: str, value: Any) -> None:
@@ -135,6 +136,11 @@ def test_an_unknown_piece_is_refused_once_not_with_its_path_twice() -> None:
         {"compile": "maybe"},
         {"tune": {"options": "mask"}},
         {"tune": {"options": "=snip"}},
+        {"tune": {"options": "mask="}},
+        {"tune": {"options": {"mask": []}}},
+        {"tune": {"options": "mask=snip,mask=random"}},
+        {"tune": {"options": 5}},
+        {"tune": {"options": [{"mask": "snip"}]}},
     ],
 )
 def test_what_makes_no_sense_is_refused(data: dict[str, Any]) -> None:

@@ -168,12 +168,12 @@ def _further(choice: Choice, section: Any) -> dict[str, Any]:
     if not given:
         return {}
     taken, named = takes_besides(choice, section.name), f"{choice} {section.name}"
-    for name in given.keys() - taken.keys():
-        if name in piece(choice, section.name).options:
-            raise ScrimpError(f"{named}: {name} is a field of its own, {choice}.{name}; write it there")
-        has = f"takes {', '.join(taken)}" if taken else "takes none"
+    for name in (name for name in given if name not in taken):
+        if name in type(section).model_fields:
+            raise ScrimpError(f"{choice}.options: {name} is a field of its own: write {choice}.{name}")
+        may = f"may hold {', '.join(taken)}" if taken else "must be empty"
         raise ScrimpError(
-            f"{choice}.options: {named} has no option {name!r}{did_you_mean(name, taken)}; it {has}"
+            f"{choice}.options: {named} has no {name!r} among them{did_you_mean(name, taken)}; they {may}"
         )
     return {name: _typed(f"{choice}.options", name, value, taken[name]) for name, value in given.items()}
 
@@ -193,15 +193,19 @@ def takes_besides(choice: Choice, name: str) -> dict[str, Any]:
 
 
 def _typed(where: str, name: str, text: str, kind: Any) -> Any:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     kinds = {get_origin(each) or each for each in (kind, *get_args(kind))}
     if text.lower() == "none" and type(None) in kinds:
         return None
     try:
-        return TypeAdapter(kind).validate_python(text.split(",") if tuple in kinds else text)
+        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        return adapter.validate_python(text.split(",") if tuple in kinds else text)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
+        several = [len(get_args(each)) for each in (kind, *get_args(kind)) if get_origin(each) is tuple]
+        if several and problem == "Field required":
+            problem = f"it has {several[0]} values"
         raise ScrimpError(f"{where}: {name} = {text!r}: {problem[0].lower()}{problem[1:]}") from None
 
 

@@ -126,8 +126,6 @@ def choose(
     bare = replace(recipe, {**dict.fromkeys(options), **chosen})
     for choice in OPTIONAL:
         taken = piece(choice, getattr(bare, choice).name).options
-        if getattr(bare, choice).options and getattr(bare, choice).name != getattr(recipe, choice).name:
-            return None
         if any(name.startswith(f"{choice}.") and name.partition(".")[2] not in taken for name in kept):
             return None
     return with_options(replace(bare, kept), model)

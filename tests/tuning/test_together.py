@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ SPANS = {
     "each a row": ((0, 1), (1, 2), (2, 3), (3, 4)),
     "uneven, out of order": ((3, 4), (0, 3)),
     "rows of nobody": ((1, 3),),
+    "nobody's rows": ((0, 0), (0, 2), (2, 4)),
 }
 RANKS = (3, 8, 1, 5)
 
@@ -55,12 +58,34 @@ def test_the_kernel_is_the_equation(
 
 def test_threads_change_no_bit() -> None:
     case, before = Case(SPANS["each a row"], torch.float32), torch.get_num_threads()
-    alone = case.run()
     try:
+        torch.set_num_threads(1)
+        alone = case.run()
         torch.set_num_threads(3)
         assert all(map(torch.equal, case.run(), alone))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_checkpoint_that_keeps_some_results_is_refused() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    def policy(ctx: Any, operation: Any, *given: Any, **named: Any) -> CheckpointPolicy:
+        is_product = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    case = Case(SPANS["each a row"], torch.float32)
+    x, w = case.x.clone().requires_grad_(), torch.randn(24, 40)
+
+    def run(x: Tensor) -> Tensor:
+        y = (x.flatten(0, 1) @ w).view(4, 41, 40)
+        return together._add_all(y, x, case.lows, x.dtype, *case.factors)  # type: ignore[no-any-return]
+
+    out = checkpoint(
+        run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
+    with pytest.raises(RuntimeError, match="mutated"):
+        out.sum().backward()
 
 
 def test_a_job_that_diverges_leaves_the_others_as_they_are() -> None:

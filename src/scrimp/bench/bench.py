@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scrimp import laws
+from scrimp.assembly import takes_besides
 from scrimp.base import platform
 from scrimp.base.errors import ScrimpError
 from scrimp.base.units import format_duration
@@ -295,9 +296,13 @@ def _own_options(recipe: dict[str, Any]) -> dict[str, Any]:
 
     The papers' period of 200 steps would leave a short run with the first subspace.
     """
-    taken = piece("optimizer", recipe.get("optimizer.name", STATED["optimizer.name"])).options
+    optimizer = recipe.get("optimizer.name", STATED["optimizer.name"])
+    taken = piece("optimizer", optimizer).options
     foreign = {f"optimizer.{name}" for name in options_of("optimizer") if name not in taken}
     own = {name: value for name, value in recipe.items() if name not in foreign}
+    besides = takes_besides("optimizer", optimizer)
+    if stated := own.get("optimizer.options"):
+        own["optimizer.options"] = tuple(each for each in stated if each.partition("=")[0] in besides)
     if taken.get("refresh_every", 1) > 1 and recipe.get("optimizer.refresh_every") is None:
         own["optimizer.refresh_every"] = refresh_every(recipe["steps"])
     return own

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scrimp.base.errors import ScrimpError
 from scrimp.recipe import SHORT, fields
 
 FLAGS = (bool, bool | None)
@@ -38,7 +39,12 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def wrapper(**given: Any) -> None:
         stated = {field: given.pop(name) for name, field in made.items()}
-        stated |= {field: False for name, field in unset.items() if given.pop(name)}
+        for name, field in unset.items():
+            if given.pop(name):
+                if stated[field]:
+                    one = option_names(field)[0].removeprefix("--")
+                    raise ScrimpError(f"--{one} and --no-{one} are both given: keep one")
+                stated[field] = False
         command(stated={field: value for field, value in stated.items() if value not in (None, [])}, **given)
 
     types_of = {name: _annotation(field) for name, field in made.items()}
@@ -61,7 +67,8 @@ def _annotation(field: str) -> Any:
     # Round brackets: square ones would be markup.
     shown = "" if default in (None, (), "auto", False) else f" (default: {_plain(default)})"
     flag = info.annotation in FLAGS
-    kind = bool | None if flag else list[str] | None if field == "data.path" else str | None
+    repeats = field == "data.path" or field.endswith(".options")
+    kind = bool | None if flag else list[str] | None if repeats else str | None
     return Annotated[
         kind,
         typer.Option(

@@ -1,7 +1,8 @@
 """The recipe: everything that decides what a run computes, as typed data.
 
 Six choices (`weights`, `tune`, `gradient`, `optimizer`, `activations`, `placement`) plus model, data,
-schedule and budget. It imports neither torch nor any piece, so that a bad recipe is refused at once.
+schedule and budget. It imports neither torch nor any piece, so that a bad recipe is refused at once; what
+stands under `options` is read by the piece that it is for (`scrimp.assembly`).
 A field left at None is *resolved* when the run is built (`scrimp.build`), and every run stores its
 resolved recipe. Where a run is written (`out`) is no part of it, and it never names code to import.
 """
@@ -126,7 +127,8 @@ class Recipe(Section):
         odd = [name for name in optional if getattr(value, name) is not None and name not in taken]
         if odd:
             has = f"its options are {', '.join(taken)}" if taken else "it has no options"
-            raise ValueError(f"{info.field_name}.{odd[0]}: {value.name} does not take it; {has}")
+            besides = f"; what is its own goes under {info.field_name}.options" if taken else ""
+            raise ValueError(f"{info.field_name}.{odd[0]}: {value.name} does not take it; {has}{besides}")
         return value
 
     @field_validator("memory", mode="after")

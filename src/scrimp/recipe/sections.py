@@ -26,19 +26,27 @@ def split(value: Any) -> Any:
 
 
 def _by_name(value: Any) -> Any:
-    """Read `a=1,b=2,3`, or {a: 1, b: [2, 3]}, as the texts `a=1` and `b=2,3`."""
+    """Read `b=2,3,a=1`, or {b: [2, 3], a: 1}, as the texts `a=1` and `b=2,3`."""
     if isinstance(value, Mapping):
         several = ((name, each if isinstance(each, list | tuple) else [each]) for name, each in value.items())
-        return tuple(f"{name}={','.join(map(str, each))}" for name, each in several)
-    found: list[str] = []
-    for part in split(value):
-        if "=" in str(part).lstrip(" ="):
-            found.append(str(part).strip())
-        elif found:
-            found[-1] += f",{str(part).strip()}"
-        else:
-            raise ValueError("write it as name=value, several with commas between")
-    return tuple(found)
+        value = [f"{name}={','.join(map(str, each))}" for name, each in several]
+    texts = [value or ""] if isinstance(value, str | None) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(AS_NAMED)
+    if not any(texts):
+        return ()
+    found: dict[str, str] = {}
+    name = ""
+    for part in ",".join(texts).split(","):
+        before, is_named, after = (each.strip() for each in part.partition("="))
+        text = after if is_named else before
+        name = before if is_named else name
+        if not name or not text:
+            raise ValueError(AS_NAMED)
+        if is_named and name in found:
+            raise ValueError(f"{name} is given twice: keep one")
+        found[name] = text if is_named else f"{found[name]},{text}"
+    return tuple(f"{name}={text}" for name, text in sorted(found.items()))
 
 
 def _auto_is_none(value: Any) -> Any:
@@ -47,6 +55,7 @@ def _auto_is_none(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Auto = BeforeValidator(_auto_is_none)
+AS_NAMED = "write it as name=value, several with commas between"
 Further = Annotated[tuple[str, ...], BeforeValidator(_by_name)]
 
 

@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 
 # What one base and one pass have for all.
 AGREED = (
-    "model.name", "model.init", "weights.name", "weights.group", "weights.double", "precision", "device",
-    "activations.name", "activations.loss", "gradient.name", "placement.name", "data.packing",
-    "data.boundaries", "threads", "deterministic", "memory",
+    "model.name", "model.init", "weights.name", "weights.group", "weights.double", "weights.options",
+    "precision", "device", "activations.name", "activations.loss", "gradient.name", "placement.name",
+    "data.packing", "data.boundaries", "threads", "deterministic", "memory",
 )  # fmt: skip
 POSSIBLE: Mapping[str, tuple[Any, ...]] = {
     "tune.name": ("lora", "rslora"),

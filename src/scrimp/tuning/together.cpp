@@ -81,7 +81,7 @@ void rows_backward(const at::Tensor& gy, const at::Tensor& x, at::IntArrayRef ed
   const auto jobs = cut(edges, x.size(0));
   take_in_turn(2 * jobs.size(), [&](int64_t i) {
     const auto& whole = jobs[i / 2];
-    auto out = found[i];
+    auto out = found[2 * whole.job + i % 2];
     if (i % 2 == 0)
       at::mm_out(out, between[whole.job].t(), whole.of(x));
     else

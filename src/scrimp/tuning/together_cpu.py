@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from scrimp.base.cpp import load
 
@@ -25,16 +26,16 @@ _DTYPES = (torch.float32, torch.float64)
 
 @functools.cache
 def _loaded() -> bool:
-    if not load(_SOURCE, slower="steps of runs that are trained together are"):
-        return False
-    for name in ("add_rows", "rows_backward"):
-        torch.library.register_fake(f"scrimp_together::{name}", lambda *given: None)
-    return True
+    return load(_SOURCE, slower="steps of runs that are trained together are")
 
 
 def takes(x: Tensor, y: Tensor, factors: Sequence[Tensor]) -> bool:
-    """Tell whether the kernels are there and read these tensors as they are."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES:
+    """Tell whether the kernels are there and read these tensors as they are.
+
+    A mode that watches single operations, such as a checkpoint that keeps some of their results, must see
+    the equations: it could not tell that the kernel changes y.
+    """
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or _get_current_dispatch_mode() is not None:
         return False
     is_one = all(tensor.dtype == x.dtype for tensor in (y, *factors))
     return is_one and x.is_contiguous() and y.is_contiguous() and _loaded()
@@ -76,7 +77,8 @@ def rows_backward(
         small: What `add_rows` returned.
     """
     edges, scales = _edges(x, lows), [low.scale for low in lows]
-    found = [torch.empty_like(factor) for factor in factors]
+    # A job without rows has a gradient too.
+    found = [torch.zeros_like(factor) for factor in factors]
     torch.ops.scrimp_together.rows_backward.default(
         gy.flatten(0, -2),
         x.flatten(0, -2),
