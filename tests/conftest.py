@@ -9,6 +9,7 @@ a test starts inherit it.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import tempfile
@@ -25,9 +26,12 @@ os.environ["COLUMNS"] = "120"
 for _name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(_name, None)
 
-_home = tempfile.TemporaryDirectory(prefix="scrimp-tests-", ignore_cleanup_errors=True)
-for _name in ("XDG_CACHE_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"):
-    os.environ[_name] = os.path.join(_home.name, _name.lower())  # noqa: PTH118 - a plain string is wanted
+# One home for all workers, who inherit it from the process that starts them: a kernel is built once, a model
+# traced once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _home = tempfile.TemporaryDirectory(prefix="scrimp-tests-", ignore_cleanup_errors=True)
+    for _name in ("XDG_CACHE_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        os.environ[_name] = os.path.join(_home.name, _name.lower())  # noqa: PTH118 - a plain string is wanted
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -60,6 +64,16 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect_ex", guard(socket.socket.connect_ex, "connect_ex"))
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_modules() -> None:
+    """Let no collection walk what is imported by now: every run collects, and a process of tests holds a lot.
+
+    Garbage is collected first, so that nothing which could be freed is kept.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -82,8 +82,13 @@ class Lab:
             "threads": 1,
             "memory": "8GiB",
             # With all choices made there is nothing to plan.
+            "weights.name": "dense",
+            "tune.name": "full",
+            "gradient.name": "backprop",
+            "optimizer.name": "adamw",
             "activations.name": "everything",
             "activations.loss": "logits",
+            "placement.name": "device",
             "precision": "fp32",
         }
         return parse(nest({**base, **{name.replace("__", "."): value for name, value in changes.items()}}))
