@@ -86,17 +86,8 @@ def resolve(prepared: Prepared, device: torch.device, *, fixed: int | None, say:
         ScrimpError: A sequence is longer than the model or the data allows, or the memory cannot do.
     """
     asked, source = prepared.inputs.recipe, prepared.inputs.model
-    shape = SHAPES.get(source.name)
-    settled = settle(
-        asked,
-        source,
-        device=device.type,
-        has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        model=dimensions(prepared.config),
-    )
-    budget = asked.memory or (shape.memory if shape else None) or f"{free_bytes(device) // 2**20}MiB"
-    settled = replace(settled, {"memory": budget})
-    settled = _resolve_length(prepared, settled, None if shape is None else shape.steps)
+    settled = _settled(prepared, device)
+    assert settled.memory is not None
     profiles = Profiles(
         source,
         vocab=len(prepared.tokenizer),
@@ -113,12 +104,37 @@ def resolve(prepared: Prepared, device: torch.device, *, fixed: int | None, say:
         machine=_machine(device),
         asked=asked,
         settled=settled,
-        budget=parse_bytes(budget),
+        budget=parse_bytes(settled.memory),
         say=say,
     )
     resolved = _planned(planner) if asked.memory and _is_open(asked) else _fitted(planner)
     profiles.save()
     return _with_law(prepared, resolved) if asked.optimizer.lr == "auto" else resolved
+
+
+def resolve_evaluation(prepared: Prepared, device: torch.device, *, say: Say) -> Recipe:
+    """Fill what an evaluation takes from a recipe.
+
+    Where its micro-batch is given nothing depends on memory, least of all on what training would need.
+    """
+    settled = _settled(prepared, device)
+    return settled if settled.micro_batch else resolve(prepared, device, fixed=None, say=say).recipe
+
+
+def _settled(prepared: Prepared, device: torch.device) -> Recipe:
+    """Fill every field that does not depend on what training holds in memory."""
+    asked, source = prepared.inputs.recipe, prepared.inputs.model
+    shape = SHAPES.get(source.name)
+    settled = settle(
+        asked,
+        source,
+        device=device.type,
+        has_bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        model=dimensions(prepared.config),
+    )
+    budget = asked.memory or (shape.memory if shape else None) or f"{free_bytes(device) // 2**20}MiB"
+    settled = replace(settled, {"memory": budget})
+    return _resolve_length(prepared, settled, None if shape is None else shape.steps)
 
 
 def _machine(device: torch.device) -> Machine:

@@ -12,7 +12,7 @@ from scrimp.activations.loss import TokenLoss
 from scrimp.base.errors import ScrimpError
 from scrimp.build import inspect, prepare
 from scrimp.recipe import Recipe, flat, replace
-from scrimp.resolve import choose_device, resolve
+from scrimp.resolve import choose_device, resolve_evaluation
 from scrimp.training.environment import process_state
 from scrimp.training.evaluate import Evaluation, evaluate
 from scrimp.training.folder import RunFolder
@@ -45,7 +45,7 @@ def score(
     inputs = inspect(recipe, cache=cache, trust_remote_code=trust_remote_code)
     prepared = prepare(inputs, reporter.phase)
     device = choose_device(inputs.recipe)
-    resolved = resolve(prepared, device, fixed=None, say=reporter.phase).recipe
+    resolved = resolve_evaluation(prepared, device, say=reporter.phase)
     with process_state(resolved, device):
         reporter.phase("loading the model", None)
         dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
