@@ -138,24 +138,15 @@ def test_the_same_command_does_nothing_twice_and_finds_the_same(suite: Done, cli
     assert again.document["contestants"] == suite.document["contestants"]
 
 
-@pytest.mark.slow
-def test_the_same_suite_elsewhere_has_the_same_losses_bit_for_bit(suite: Done, tmp_path: Path) -> None:
-    words = ["--methods", "adamw", "--trials", "1", "--seeds", "1", "--pairs", "0", "--json"]
-    done = _bench("optimizers", *suite.options, *words, "--out", tmp_path / "other")
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["contestants"]
-    first = next(trial for trial in suite.row("adamw")["trials"] if trial["lr"] == row["lr"])
-    assert row["trials"][0]["loss"] == first["loss"]
-
-
 @pytest.mark.kill
 @pytest.mark.slow
 def test_a_killed_suite_leaves_no_process_and_goes_on_with_what_is_missing(
-    options: tuple[str, ...], tmp_path: Path
+    suite: Done, cli: Cli, tmp_path: Path
 ) -> None:
+    """The same suite elsewhere, killed and gone on with, has the same losses bit for bit."""
     out = tmp_path / "suite"
     words = ["--methods", "adamw", "--trials", "2", "--seeds", "1", "--pairs", "0", "--jobs", "1"]
-    arguments = ["optimizers", *options, *words, "--out", str(out), "--json"]
+    arguments = ["optimizers", *suite.options, *words, "--out", str(out), "--json"]
     # In a session of its own, so that every process of it can be found after its death.
     process = subprocess.Popen(
         [sys.executable, "-m", "scrimp", "bench", *arguments],
@@ -168,11 +159,13 @@ def test_a_killed_suite_leaves_no_process_and_goes_on_with_what_is_missing(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     _wait_for(lambda: not _of_session(process.pid))
-    done = _bench(*arguments)
-    assert done.returncode == 0, done.stderr
+    done = cli("bench", *arguments)
+    assert done.code == 0, done.err
     assert trained.items() <= _results(out).items()
-    (row,) = json.loads(done.stdout)["contestants"]
+    (row,) = done.document["contestants"]
     assert row["status"] == "done" and len(row["trials"]) == 2
+    losses = {trial["lr"]: trial["loss"] for trial in suite.row("adamw")["trials"]}
+    assert {trial["lr"]: trial["loss"] for trial in row["trials"]} == losses
 
 
 def _results(out: Path) -> dict[Path, int]:
