@@ -48,7 +48,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {**GPT2, **NO_DROPOUT}),
     "opt": ("OPTConfig", {**OPT, "dropout": 0.0, "max_position_embeddings": 64}),
     "mixtral": ("MixtralConfig", {**GROUPED, **EXPERTS}),
-    "mamba": ("MambaConfig", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+    "mamba": ("MambaConfig", {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}),
 }
 FAMILIES = tuple(CONFIGURATIONS)
 # Plain attention, sliding windows, routed experts, and none: what a micro-batch or a second run could meet.

@@ -110,7 +110,7 @@ def test_state_leaves_the_device_where_nothing_else_fits_and_never_before() -> N
 
 
 def test_host_and_disk_are_budgets_too() -> None:
-    recipe = make_recipe(device="cuda", precision="bf16")
+    recipe = make_recipe(device="cuda", precision="bf16", activations__name="everything")
     free = memory.plan(recipe, "8GiB")
     tight = memory.plan(recipe, "8GiB", host="1MiB")
     assert free.chosen is not None

@@ -25,7 +25,7 @@ from scrimp.memory.trace import Curve, trace_micro_batch
 from scrimp.memory.untraceable import Untraceable
 from scrimp.recipe import Recipe, replace
 
-LAYERS = 12
+LAYERS = 8
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "qwen3, tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
-    "gemma2, two kinds of layer": Gemma2Config(**{**SIZES, "num_hidden_layers": 14}, sliding_window=16),
+    "gemma2, two kinds of layer": Gemma2Config(**{**SIZES, "num_hidden_layers": 12}, sliding_window=16),
     "gpt2, dropout": GPT2Config(
         n_embd=32, n_layer=LAYERS, n_head=2, vocab_size=128, bos_token_id=0, eos_token_id=0
     ),
@@ -70,11 +70,12 @@ def peaks_of(curve: Curve) -> dict[str, int]:
 def test_a_deep_model_is_what_two_shallow_ones_say(family: str, policy: str) -> None:
     config, recipe = FAMILIES[family], make_recipe(activations__name=policy)
     assert _depths(config, config.num_hidden_layers) is not None  # so that the profile is an extrapolation
-    profile = Tracer(config).step(recipe, 2)
+    tracer = Tracer(config)
+    profile = tracer.step(recipe, 2)
     rows = 5  # of which no trace was made
     assert peaks(profile, rows) == peaks_of(trace_micro_batch(recipe, config, rows=rows))
     evaluated = trace_micro_batch(recipe, config, rows=rows, training=False)
-    assert sum(highest(Tracer(config).evaluation(recipe, 2).lines, rows)[0]) == evaluated.total.max()
+    assert sum(highest(tracer.evaluation(recipe, 2).lines, rows)[0]) == evaluated.total.max()
 
 
 def test_one_row_is_on_the_line_or_traced_for_itself() -> None:

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.training.conftest import write_model
 
 from scrimp.base.errors import ScrimpError
 from scrimp.base.ledger import Ledger, Moment
@@ -68,14 +69,16 @@ def test_out_of_memory_ends_in_one_sentence(lab: Lab) -> None:
         f"resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n"
         "from scrimp.cli import main\nmain()\n"
     )
-    words = ["train", "--model", "llama-20m", "--steps", "1", "--threads", "1"]
-    words += ["--seq", "512", "--batch", "16", "--micro-batch", "16"]
+    # Few wide layers, so that little is traced where a smaller recipe is looked for.
+    model = write_model(lab.path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    words = ["train", "--model", str(model), "--steps", "1", "--threads", "1"]
+    words += ["--seq", "64", "--batch", "512", "--micro-batch", "512"]
     words += ["--data", str(lab.text), "--out", str(lab.path / "big")]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "the memory of cpu ran out with micro-batches of 16 x 512 tokens" in last
+    assert "the memory of cpu ran out with micro-batches of 512 x 64 tokens" in last
     assert "would do for: scrimp train" in last or "lower --micro-batch" in last
     assert "Traceback" not in done.stderr
