@@ -88,7 +88,7 @@ def test_a_piece_that_is_added_to_the_catalogue_takes_part(monkeypatch: pytest.M
         gives_up="a test gives up nothing",
         rank=1,
     )
-    for module in ("scrimp.methods", "scrimp.memory.planner"):
+    for module in ("scrimp.memory.planner", "scrimp.methods"):  # imported in between, the first would keep it
         monkeypatch.setattr(f"{module}.PIECES", (*PIECES, other))
     plan = memory.plan(make_recipe(precision="fp32", micro_batch=1), "8GiB")
     found = {c.recipe.activations.name: c for c in plan.candidates if c.recipe.activations.loss == "logits"}
