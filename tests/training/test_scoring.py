@@ -53,6 +53,11 @@ def test_a_runs_score_is_the_loops_last_number_bit_for_bit(lab: Lab, changes: di
     assert asdict(run.evaluation).items() <= lab.rows()[-1].items()
 
 
+def test_what_training_would_hold_is_nothing_to_a_score(lab: Lab) -> None:
+    run = lab.train(lab.recipe(data__held_out=0.3))
+    assert ask(lab, run.out, memory="1MiB") == run.evaluation
+
+
 def test_other_text_is_scored_whole_and_none_of_it_held_out(lab: Lab) -> None:
     run = lab.train(lab.recipe(data__packing="padded"))
     text = lab.path / "other.txt"
