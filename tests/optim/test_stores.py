@@ -254,7 +254,23 @@ def test_the_kernel_has_the_bits_of_the_reference(signed: bool, generator: Any) 
     spread = torch.exp(4 * torch.randn(400, 256, generator=generator))
     rows = torch.randn(400, 256, generator=generator) * spread
     rows = torch.cat([rows, torch.zeros(1, 256), rows[:1] * 1e-44, torch.linspace(-1, 1, 256)[None]])
-    rows = rows if signed else rows.abs()
+    _have_equal_bits(rows if signed else rows.abs(), signed)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_rounds_as_the_reference_does_where_codes_meet(signed: bool) -> None:
+    assert cpu.prepare()
+    places = torch.arange(256, dtype=torch.uint8)
+    values = dynamic_map.decode(places, decades=7, signed=signed).abs().unique()
+    middles = torch.cat([(values[1:] + values[:-1]) / 2, 10.0 ** -torch.arange(8), 2.0 ** -torch.arange(40)])
+    near = (middles.view(torch.int32)[:, None] + torch.arange(-300, 301)).view(torch.float32).clamp_max(1)
+    rows = torch.cat([near, torch.ones(len(near), 1)], 1)  # 602 numbers: no multiple of any register
+    _have_equal_bits(rows, signed)
+    if signed:
+        _have_equal_bits(-rows, signed)
+
+
+def _have_equal_bits(rows: Tensor, signed: bool) -> None:
     x, scale = unit(rows)
     codes = dynamic_map.encode(x, decades=7, signed=signed)
     found, found_scale = cpu.encode(rows, signed)

@@ -8,7 +8,7 @@
 //
 // The float operations are those of rules/adam.py, rules/lion.py and rules/sgd.py, one by one (the compiler
 // must not contract them). Of the loop over a block the compiler has to be told (`omp simd`) that its
-// iterations stand alone. Its roots and quotients take no port from its look-ups, so that the two overlap.
+// iterations stand alone.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -48,7 +48,7 @@ struct Full {
     void renew(int64_t i, float value, bool is_fine) { x[i] = is_fine ? value : x[i]; }
     void close(int64_t) {}
   };
-  Block open(int64_t block) const {
+  Block open(int64_t block, int64_t) const {
     fetch_next(values + block * kBlock);
     return {values + block * kBlock};
   }
@@ -65,23 +65,20 @@ struct Coded {
 
   struct Block {
     alignas(64) float x[kBlock];
-    const float* values;
     uint8_t* codes;
     float* scale;
-    float old_scale;
-    float old(int64_t i) const { return values[codes[i]] * old_scale; }
+    float old(int64_t i) const { return x[i]; }
     void renew(int64_t i, float value, bool) { x[i] = value; }
     void close(int64_t count) {
       *scale = absmax(x, count);
       encode_row<is_signed>(x, count, *scale, codes);
     }
   };
-  Block open(int64_t block) const {
-    Block opened;  // its values are written before they are read
-    opened.values = tables[is_signed].values.data();
+  Block open(int64_t block, int64_t count) const {
+    Block opened;
     opened.codes = codes + block * kBlock;
     opened.scale = scales + block;
-    opened.old_scale = scales[block];
+    decode_row<is_signed>(opened.codes, count, scales[block], opened.x);
     return opened;
   }
 };
@@ -171,10 +168,10 @@ void walk(const Rule rule, const at::Tensor& weight, const at::Tensor& grad, con
   const int64_t total = weight.numel();
   at::parallel_for(0, blocks_of(total), kBlocksAtOnce, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlock;
+      const int64_t first = block * kBlock, count = std::min(kBlock, total - first);
       fetch_next(w + first);
       fetch_next(g + first);
-      step_block(rule, w + first, g + first, std::min(kBlock, total - first), moments.open(block)...);
+      step_block(rule, w + first, g + first, count, moments.open(block, count)...);
     }
   });
 }
@@ -344,7 +341,7 @@ TORCH_LIBRARY(scrimp_cpu, m) {
       "bool transposed) -> ()");
   m.def("draw(Tensor(a!) basis, int seed) -> ()");
   m.def("set_normals(Tensor radii, Tensor points) -> ()");
-  m.def("set_tables(Tensor bins, Tensor values, bool signed) -> ()");
+  m.def("set_tables(Tensor bins, Tensor values, Tensor ends, Tensor lines, bool signed) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(scrimp_cpu, CPU, m) {

@@ -16,12 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from scrimp.base.cpp import load
-from scrimp.optim.stores import dynamic_map
+from scrimp.optim.kernels import dynamic_tables
 
-DECADES = 7
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_ONE = 0x3F800000  # 1.0
-_BINADES = 24  # from 1 down to below the smallest threshold
 _IN_PLACE = ("adafactor", "adam", "adam_mini", "adam_projected", "lion", "sgd", "draw")
 
 
@@ -31,8 +28,7 @@ def _loaded() -> bool:
         return False
     with _disable_current_modes():  # the first to ask may be a simulation on fake tensors
         for signed in (False, True):
-            values = dynamic_map.decode(torch.arange(256, dtype=torch.uint8), decades=DECADES, signed=signed)
-            torch.ops.scrimp_cpu.set_tables(_bins(signed), values, signed)
+            torch.ops.scrimp_cpu.set_tables(*dynamic_tables.tables(signed), signed)
         torch.ops.scrimp_cpu.set_normals(*_normals())
     torch.library.register_fake("scrimp_cpu::encode", _encode_shapes)
     torch.library.register_fake("scrimp_cpu::decode", _decode_shapes)
@@ -191,31 +187,6 @@ def _normals() -> tuple[Tensor, Tensor]:
     radii = halves.add(0.5).mul_(2.0**-16).log_().mul_(-2).sqrt_()
     angles = halves * (2 * math.pi * 2.0**-16)
     return radii, torch.stack([angles.cos(), angles.sin()], -1)
-
-
-def _bins(signed: bool) -> Tensor:
-    """Return an entry for each bin, as `dynamic8.h` describes them, int32."""
-    edges = _thresholds(signed)
-    top = _ONE >> 16
-    bins = torch.arange(top - 128 * _BINADES, top + 1)
-    below = torch.searchsorted(edges, bins << 16, right=True)
-    inside = torch.searchsorted(edges, (bins << 16) + 0xFFFF, right=True) > below
-    edge = edges[below.clamp_max(edges.numel() - 1)]
-    upper = torch.where(inside, (edge & 0xFFFF) - 1, 0xFFFF)
-    return (upper << 16 | below).to(torch.int32)
-
-
-def _thresholds(signed: bool) -> Tensor:
-    """Return the bits of the least float of each positive rank, by bisection of the reference."""
-    zero = 2**DECADES - 1 if signed else 0
-    codes = torch.arange(zero + 1, 256)
-    low, high = torch.zeros_like(codes), torch.full_like(codes, _ONE)
-    for _ in range(31):
-        middle = (low + high) // 2
-        x = middle.to(torch.int32).view(torch.float32)
-        reached = dynamic_map.encode(x, decades=DECADES, signed=signed) >= codes
-        low, high = torch.where(reached, low, middle + 1), torch.where(reached, middle, high)
-    return high
 
 
 def _encode_shapes(rows: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

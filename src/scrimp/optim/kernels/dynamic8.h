@@ -1,4 +1,5 @@
-// The dynamic 8-bit code on a CPU: bit for bit what dynamic_map.py computes, from one table look-up a number.
+// The dynamic 8-bit code on a CPU: bit for bit what dynamic_map.py computes. With AVX-512 dynamic8_lines.h
+// does its arithmetic; elsewhere a number is one look-up in a table:
 //
 // A bin is what the upper 16 bits of a float32 in [0, 1] leave open: sign, exponent and 7 bits of mantissa.
 // Bins are narrower than the cells of the code, so that a bin holds one threshold at most. An entry of the
@@ -24,26 +25,35 @@ constexpr int32_t kOne = 0x3f800000;
 constexpr int64_t kBlock = 256;         // elements that share a scale
 constexpr int64_t kBlocksAtOnce = 128;  // fewer are not worth a second thread
 
-struct Tables {
-  std::vector<uint32_t> bins;  // the last one begins at 1
-  std::vector<float> values;   // of the codes
-};
-inline Tables tables[2];  // without sign, with sign
-
-inline void set_tables(const at::Tensor& bins, const at::Tensor& values, bool is_signed) {
-  const auto* entries = reinterpret_cast<const uint32_t*>(bins.const_data_ptr<int32_t>());
-  const auto* of_codes = values.const_data_ptr<float>();
-  tables[is_signed] = {{entries, entries + bins.numel()}, {of_codes, of_codes + values.numel()}};
-}
-
-inline int32_t first_bin(const Tables& of) { return (kOne >> 16) + 1 - static_cast<int32_t>(of.bins.size()); }
-
 // Magnitudes compare as their bits do. Integer maxima become vectors; those of floats do not, for NaN's sake.
 inline float absmax(const float* x, int64_t count) {
   int32_t peak = 0;
   for (int64_t i = 0; i < count; ++i) peak = std::max(peak, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
   return std::bit_cast<float>(peak);
 }
+
+}  // namespace scrimp
+
+#ifdef CPU_CAPABILITY_AVX512
+#include "dynamic8_lines.h"
+#else
+
+namespace scrimp {
+
+struct Tables {
+  std::vector<uint32_t> bins;  // the last one begins at 1
+  std::vector<float> values;   // of the codes
+};
+inline Tables tables[2];  // without sign, with sign
+
+inline void set_tables(const at::Tensor& bins, const at::Tensor& values, const at::Tensor&, const at::Tensor&,
+                       bool is_signed) {
+  const auto* entries = reinterpret_cast<const uint32_t*>(bins.const_data_ptr<int32_t>());
+  const auto* of_codes = values.const_data_ptr<float>();
+  tables[is_signed] = {{entries, entries + bins.numel()}, {of_codes, of_codes + values.numel()}};
+}
+
+inline int32_t first_bin(const Tables& of) { return (kOne >> 16) + 1 - static_cast<int32_t>(of.bins.size()); }
 
 template <bool is_signed>
 void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* __restrict codes) {
@@ -63,6 +73,18 @@ void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* 
       codes[i] = static_cast<uint8_t>(bits < 0 ? 0 : rank);
   }
 }
+
+template <bool is_signed>
+void decode_row(const uint8_t* __restrict codes, int64_t count, float scale, float* __restrict x) {
+  const float* __restrict value_of = tables[is_signed].values.data();
+  for (int64_t i = 0; i < count; ++i) x[i] = value_of[codes[i]] * scale;
+}
+
+}  // namespace scrimp
+
+#endif
+
+namespace scrimp {
 
 inline std::tuple<at::Tensor, at::Tensor> encode(const at::Tensor& rows, bool is_signed) {
   const auto x = rows.contiguous();
@@ -89,11 +111,10 @@ inline at::Tensor decode(const at::Tensor& codes, const at::Tensor& scale, bool 
   auto values = at::empty({count, width}, scale.options());
   const auto* from = rows.const_data_ptr<uint8_t>();
   const auto* scales = scale_rows.const_data_ptr<float>();
-  const auto* value_of = tables[is_signed].values.data();
   auto* to = values.mutable_data_ptr<float>();
+  const auto row = is_signed ? decode_row<true> : decode_row<false>;
   at::parallel_for(0, count, kBlocksAtOnce, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = i * width; j < (i + 1) * width; ++j) to[j] = value_of[from[j]] * scales[i];
+    for (int64_t i = begin; i < end; ++i) row(from + i * width, width, scales[i], to + i * width);
   });
   return values;
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scrimp.optim.kernels import cpu
+from scrimp.optim.kernels.dynamic_tables import DECADES
 from scrimp.optim.stores import dynamic_map
 from scrimp.optim.stores.blockwise import Blockwise, unit
 
@@ -39,10 +40,10 @@ class Dynamic8(Blockwise):
         if rows.device.type == "cpu" and cpu.available():
             return cpu.encode(rows, signed)
         x, scale = unit(rows)
-        return dynamic_map.encode(x, decades=cpu.DECADES, signed=signed), scale
+        return dynamic_map.encode(x, decades=DECADES, signed=signed), scale
 
     def dequantize(self, codes: Tensor, numbers: tuple[Tensor, ...], signed: bool) -> Tensor:
         """Return map[code] * scale."""
         if codes.device.type == "cpu" and cpu.available():
             return cpu.decode(codes, numbers[0], signed)
-        return dynamic_map.decode(codes, decades=cpu.DECADES, signed=signed) * numbers[0]
+        return dynamic_map.decode(codes, decades=DECADES, signed=signed) * numbers[0]

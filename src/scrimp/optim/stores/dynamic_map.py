@@ -37,7 +37,7 @@ def encode(x: Tensor, *, decades: int, signed: bool) -> Tensor:
         decades: 7 for 8 bits, 3 for 4.
         signed: Which map.
     """
-    first, one, lines = _ranks(decades, signed)
+    first, one, lines = ranks(decades, signed)
     size = x.abs() if signed else x
     u = functools.reduce(torch.minimum, [slope * size + start for slope, start in lines])
     rank, late = u.to(torch.int32), (u - 0.2).to(torch.int32)
@@ -52,7 +52,7 @@ def encode(x: Tensor, *, decades: int, signed: bool) -> Tensor:
 
 def decode(codes: Tensor, *, decades: int, signed: bool) -> Tensor:
     """Return the values of `codes`, float32 in [-1, 1]; the arguments are those of `encode`."""
-    first, one, lines = _ranks(decades, signed)
+    first, one, lines = ranks(decades, signed)
     place = codes.to(torch.float32) - (one - 1 if signed else -1)
     rank = place.abs() if signed else place
     x = functools.reduce(
@@ -62,7 +62,7 @@ def decode(codes: Tensor, *, decades: int, signed: bool) -> Tensor:
     return torch.copysign(x, place) if signed else x
 
 
-def _ranks(decades: int, signed: bool) -> tuple[int, int, list[tuple[float, float]]]:
+def ranks(decades: int, signed: bool) -> tuple[int, int, list[tuple[float, float]]]:
     """Return the rank of the smallest value, that of 1, and each decade's line: slope and start."""
     first = 1 if signed else 2
     lines = [(first * 2**i * 10 ** (decades - i) / 9, first * 2**i * 8 / 9) for i in range(decades)]
