@@ -44,11 +44,14 @@ struct Full {
 
   struct Block {
     float* x;
+    void fetch(int64_t, int64_t) {}
     float old(int64_t i) const { return x[i]; }
     void renew(int64_t i, float value, bool is_fine) { x[i] = is_fine ? value : x[i]; }
     void close(int64_t) {}
   };
-  Block open(int64_t block, int64_t) const {
+  static constexpr int64_t kStrip = kBlock;
+  static constexpr bool kIsWhole = false;
+  Block open(int64_t block) const {
     fetch_next(values + block * kBlock);
     return {values + block * kBlock};
   }
@@ -64,9 +67,12 @@ struct Coded {
       : codes(of_codes.mutable_data_ptr<uint8_t>()), scales(of_scales.mutable_data_ptr<float>()) {}
 
   struct Block {
-    alignas(64) float x[kBlock];
+    alignas(64) float x[kBlock];  // written before it is read
     uint8_t* codes;
     float* scale;
+    Decoder<is_signed> decode;
+    Block(uint8_t* first_code, float* of_block) : codes(first_code), scale(of_block), decode(*of_block) {}
+    void fetch(int64_t first, int64_t count) { decode(codes + first, count, x + first); }
     float old(int64_t i) const { return x[i]; }
     void renew(int64_t i, float value, bool) { x[i] = value; }
     void close(int64_t count) {
@@ -74,12 +80,10 @@ struct Coded {
       encode_row<is_signed>(x, count, *scale, codes);
     }
   };
-  Block open(int64_t block, int64_t count) const {
-    Block opened;
-    opened.codes = codes + block * kBlock;
-    opened.scale = scales + block;
-    decode_row<is_signed>(opened.codes, count, scales[block], opened.x);
-    return opened;
+  static constexpr int64_t kStrip = 16;  // one is decoded while the one before waits for its quotients
+  static constexpr bool kIsWhole = true;  // an element that is not finite would spoil its block
+  Block open(int64_t block) const {
+    return {codes + block * kBlock, scales + block};
   }
 };
 
@@ -145,19 +149,27 @@ struct Sgd {
 
 // ---- the pass over the memory ------------------------------------------------------------------------
 
-template <class Rule, class... Blocks>
+template <class Rule, class... Moments>
 void step_block(const Rule rule, float* __restrict w, const float* __restrict g, int64_t count,
-                Blocks... moments) {
+                typename Moments::Block... moments) {
+  constexpr int64_t kStrip = std::min({Moments::kStrip...});
+  constexpr bool kIsWhole = (Moments::kIsWhole || ...);
+  const auto step_strip = [&](int64_t first, int64_t some) {
+    (moments.fetch(first, some), ...);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const bool is_fine = std::abs(g[i]) <= kLargest;
-    float moved = w[i];
-    [&](auto... values) {
-      rule.step(g[i], moved, values...);
-      (moments.renew(i, values, is_fine), ...);
-    }(moments.old(i)...);
-    w[i] = is_fine ? moved : w[i];
-  }
+    for (int64_t i = first; i < first + some; ++i) {
+      const bool is_fine = kIsWhole || std::abs(g[i]) <= kLargest;
+      float moved = w[i];
+      [&](auto... values) {
+        rule.step(g[i], moved, values...);
+        (moments.renew(i, values, is_fine), ...);
+      }(moments.old(i)...);
+      w[i] = is_fine ? moved : w[i];
+    }
+  };
+  const int64_t full = count - count % kStrip;
+  for (int64_t first = 0; first < full; first += kStrip) step_strip(first, kStrip);
+  if (full < count) step_strip(full, count - full);
   (moments.close(count), ...);
 }
 
@@ -171,7 +183,7 @@ void walk(const Rule rule, const at::Tensor& weight, const at::Tensor& grad, con
       const int64_t first = block * kBlock, count = std::min(kBlock, total - first);
       fetch_next(w + first);
       fetch_next(g + first);
-      step_block(rule, w + first, g + first, count, moments.open(block, count)...);
+      step_block<Rule, Moments...>(rule, w + first, g + first, count, moments.open(block)...);
     }
   });
 }
@@ -203,7 +215,7 @@ void update(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, b
   check(weight, moments, is_coded);
   const auto g = grad.to(at::kFloat).contiguous();
   TORCH_CHECK(g.numel() == weight.numel(), "the gradient is not that of the weights");
-  if (whole && !is_finite(g)) return;
+  if ((whole || is_coded) && !is_finite(g)) return;
   const Rule rule(numbers);
   [&]<size_t... i>(std::index_sequence<i...>) {
     if (is_coded)

@@ -74,11 +74,19 @@ void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* 
   }
 }
 
+// The values of a block.
 template <bool is_signed>
-void decode_row(const uint8_t* __restrict codes, int64_t count, float scale, float* __restrict x) {
-  const float* __restrict value_of = tables[is_signed].values.data();
-  for (int64_t i = 0; i < count; ++i) x[i] = value_of[codes[i]] * scale;
-}
+class Decoder {
+  const float* value_of = tables[is_signed].values.data();
+  float scale;
+
+ public:
+  explicit Decoder(float of_block) : scale(of_block) {}
+
+  void operator()(const uint8_t* __restrict codes, int64_t count, float* __restrict x) const {
+    for (int64_t i = 0; i < count; ++i) x[i] = value_of[codes[i]] * scale;
+  }
+};
 
 }  // namespace scrimp
 
@@ -104,18 +112,21 @@ inline std::tuple<at::Tensor, at::Tensor> encode(const at::Tensor& rows, bool is
   return {codes, scale};
 }
 
+template <bool is_signed>
+void decode_rows(const uint8_t* codes, const float* scales, int64_t count, int64_t width, float* x) {
+  at::parallel_for(0, count, kBlocksAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      Decoder<is_signed>{scales[i]}(codes + i * width, width, x + i * width);
+  });
+}
+
 inline at::Tensor decode(const at::Tensor& codes, const at::Tensor& scale, bool is_signed) {
   const auto rows = codes.contiguous();
-  const auto scale_rows = scale.contiguous();
-  const int64_t count = rows.size(0), width = rows.size(1);
-  auto values = at::empty({count, width}, scale.options());
-  const auto* from = rows.const_data_ptr<uint8_t>();
-  const auto* scales = scale_rows.const_data_ptr<float>();
-  auto* to = values.mutable_data_ptr<float>();
-  const auto row = is_signed ? decode_row<true> : decode_row<false>;
-  at::parallel_for(0, count, kBlocksAtOnce, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) row(from + i * width, width, scales[i], to + i * width);
-  });
+  const auto scales = scale.contiguous();
+  auto values = at::empty({rows.size(0), rows.size(1)}, scale.options());
+  const auto decode_all = is_signed ? decode_rows<true> : decode_rows<false>;
+  decode_all(rows.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(), rows.size(0), rows.size(1),
+             values.mutable_data_ptr<float>());
   return values;
 }
 

@@ -86,16 +86,12 @@ void encode_row(const float* __restrict x, int64_t count, float scale, uint8_t* 
   if (rest) _mm_mask_storeu_epi8(codes + full, rest, coded(_mm512_maskz_loadu_ps(rest, x + full)));
 }
 
+// The values of a block.
 template <bool is_signed>
-struct Decoder {
+class Decoder {
   __m512 steps, shifts, scale;
 
-  explicit Decoder(float of_block) : scale(_mm512_set1_ps(of_block)) {
-    const Lines& of = lines_of[is_signed];
-    steps = _mm512_load_ps(of.steps), shifts = _mm512_load_ps(of.shifts);
-  }
-
-  __m512 operator()(__m128i codes) const {
+  __m512 sixteen(__m128i codes) const {
     const __m512i code = _mm512_cvtepu8_epi32(codes);
     const __m512i place = is_signed ? _mm512_sub_epi32(code, _mm512_set1_epi32(127)) : code;
     const __m512 rank = _mm512_cvtepi32_ps(is_signed ? _mm512_abs_epi32(place) : place);
@@ -105,16 +101,20 @@ struct Decoder {
     const __m512 size = _mm512_sub_ps(risen, _mm512_permutexvar_ps(line, shifts));
     return _mm512_mul_ps(is_signed ? with_sign_of(size, _mm512_castsi512_ps(place)) : size, scale);
   }
-};
 
-template <bool is_signed>
-void decode_row(const uint8_t* __restrict codes, int64_t count, float scale, float* __restrict x) {
-  const Decoder<is_signed> decoded(scale);
-  const int64_t full = count - count % kRegister;
-  for (int64_t i = 0; i < full; i += kRegister)
-    _mm512_storeu_ps(x + i, decoded(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
-  const __mmask16 rest = (1 << (count - full)) - 1;
-  if (rest) _mm512_mask_storeu_ps(x + full, rest, decoded(_mm_maskz_loadu_epi8(rest, codes + full)));
-}
+ public:
+  explicit Decoder(float of_block) : scale(_mm512_set1_ps(of_block)) {
+    const Lines& of = lines_of[is_signed];
+    steps = _mm512_load_ps(of.steps), shifts = _mm512_load_ps(of.shifts);
+  }
+
+  void operator()(const uint8_t* __restrict codes, int64_t count, float* __restrict x) const {
+    const int64_t full = count - count % kRegister;
+    for (int64_t i = 0; i < full; i += kRegister)
+      _mm512_storeu_ps(x + i, sixteen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
+    const __mmask16 rest = (1 << (count - full)) - 1;
+    if (rest) _mm512_mask_storeu_ps(x + full, rest, sixteen(_mm_maskz_loadu_epi8(rest, codes + full)));
+  }
+};
 
 }  // namespace scrimp
