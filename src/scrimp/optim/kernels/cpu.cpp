@@ -45,8 +45,6 @@ struct Full {
   struct Block {
     float* x;
     void fetch(int64_t, int64_t) {}
-    float old(int64_t i) const { return x[i]; }
-    void renew(int64_t i, float value, bool is_fine) { x[i] = is_fine ? value : x[i]; }
     void close(int64_t) {}
   };
   static constexpr int64_t kStrip = kBlock;
@@ -73,14 +71,12 @@ struct Coded {
     Decoder<is_signed> decode;
     Block(uint8_t* first_code, float* of_block) : codes(first_code), scale(of_block), decode(*of_block) {}
     void fetch(int64_t first, int64_t count) { decode(codes + first, count, x + first); }
-    float old(int64_t i) const { return x[i]; }
-    void renew(int64_t i, float value, bool) { x[i] = value; }
     void close(int64_t count) {
       *scale = absmax(x, count);
       encode_row<is_signed>(x, count, *scale, codes);
     }
   };
-  static constexpr int64_t kStrip = 16;  // one is decoded while the one before waits for its quotients
+  static constexpr int64_t kStrip = 64;  // one is decoded while the one before waits for its quotients
   static constexpr bool kIsWhole = true;  // an element that is not finite would spoil its block
   Block open(int64_t block) const {
     return {codes + block * kBlock, scales + block};
@@ -149,27 +145,35 @@ struct Sgd {
 
 // ---- the pass over the memory ------------------------------------------------------------------------
 
+// `x` are the values of the moments. Inlined, a strip's length is known: a loop less.
+template <bool is_whole, class Rule, class... Values>
+[[gnu::always_inline]] inline void step_strip(const Rule& rule, float* __restrict w, const float* __restrict g,
+                                              int64_t count, Values* __restrict... x) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_fine = is_whole || std::abs(g[i]) <= kLargest;
+    float moved = w[i];
+    [&](auto... values) {
+      rule.step(g[i], moved, values...);
+      ((x[i] = is_fine ? values : x[i]), ...);
+    }(x[i]...);
+    w[i] = is_fine ? moved : w[i];
+  }
+}
+
 template <class Rule, class... Moments>
-void step_block(const Rule rule, float* __restrict w, const float* __restrict g, int64_t count,
-                typename Moments::Block... moments) {
+void step_block(const Rule rule, float* w, const float* g, int64_t count, typename Moments::Block... moments) {
   constexpr int64_t kStrip = std::min({Moments::kStrip...});
   constexpr bool kIsWhole = (Moments::kIsWhole || ...);
-  const auto step_strip = [&](int64_t first, int64_t some) {
-    (moments.fetch(first, some), ...);
-#pragma omp simd
-    for (int64_t i = first; i < first + some; ++i) {
-      const bool is_fine = kIsWhole || std::abs(g[i]) <= kLargest;
-      float moved = w[i];
-      [&](auto... values) {
-        rule.step(g[i], moved, values...);
-        (moments.renew(i, values, is_fine), ...);
-      }(moments.old(i)...);
-      w[i] = is_fine ? moved : w[i];
-    }
-  };
   const int64_t full = count - count % kStrip;
-  for (int64_t first = 0; first < full; first += kStrip) step_strip(first, kStrip);
-  if (full < count) step_strip(full, count - full);
+  for (int64_t i = 0; i < full; i += kStrip) {
+    (moments.fetch(i, kStrip), ...);
+    step_strip<kIsWhole>(rule, w + i, g + i, kStrip, moments.x + i...);
+  }
+  if (full < count) {
+    (moments.fetch(full, count - full), ...);
+    step_strip<kIsWhole>(rule, w + full, g + full, count - full, moments.x + full...);
+  }
   (moments.close(count), ...);
 }
 
