@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ class Optimizer(torch.optim.Optimizer):
                 if self._is_adamw(p) and not p.grad.is_sparse and self.pager is None:
                     alike[p.device, p.dtype, self.begin(p)["step"]].append(p)
                 else:
-                    self.update(p, p.grad, group)
+                    self._update(p, p.grad, group, None)
             for params in alike.values():
                 grads = [p.grad for p in params if p.grad is not None]
                 self._update_adamw(params, grads, [self.state[p] for p in params], group)
@@ -263,6 +263,9 @@ class Optimizer(torch.optim.Optimizer):
             group: Its group.
             small: The gradient in the subspace, where that is all there is.
         """
+        self._update(p, grad, group, small)
+
+    def _update(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any], small: Tensor | None) -> None:
         self.check(p, grad)
         if small is None:
             grad = self._downhill(grad)
@@ -292,8 +295,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _is_adamw(self, p: nn.Parameter) -> bool:
         found = self._plans[p]
-        is_ours = self._updater.is_fused(p, found)
-        return found.is_adamw and p.is_contiguous() and not self._maximize and not is_ours
+        is_torchs = found.is_adamw and not self._maximize and p.is_contiguous()
+        return is_torchs and not self._updater.is_fused(p, found)
 
     def _update_adamw(
         self, params: list[nn.Parameter], grads: list[Tensor], states: list[Entries], group: dict[str, Any]
@@ -326,15 +329,15 @@ class Optimizer(torch.optim.Optimizer):
         for p, state in self.state.items():
             self.pager.put_back(state, dict(state), p.device)
 
-    @contextmanager
-    def _at_hand(self, p: Tensor, state: Entries) -> Iterator[Entries]:
+    def _at_hand(self, p: Tensor, state: Entries) -> AbstractContextManager[Entries]:
         """Have a parameter's state on its device."""
-        if self.pager is None:
-            yield state
-            return
-        held = self.pager.fetch(state, p.device)
+        return nullcontext(state) if self.pager is None else self._fetched(self.pager, p, state)
+
+    @contextmanager
+    def _fetched(self, pager: Pager, p: Tensor, state: Entries) -> Iterator[Entries]:
+        held = pager.fetch(state, p.device)
         yield held
-        self.pager.put_back(state, held, p.device)
+        pager.put_back(state, held, p.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the options, as torch does; what is on its way to the host has arrived."""

@@ -76,7 +76,7 @@ struct Coded {
       encode_row<is_signed>(x, count, *scale, codes);
     }
   };
-  static constexpr int64_t kStrip = 64;  // one is decoded while the one before waits for its quotients
+  static constexpr int64_t kStrip = 64;   // one is decoded while the one before waits for its quotients
   static constexpr bool kIsWhole = true;  // an element that is not finite would spoil its block
   Block open(int64_t block) const {
     return {codes + block * kBlock, scales + block};
@@ -147,8 +147,9 @@ struct Sgd {
 
 // `x` are the values of the moments. Inlined, a strip's length is known: a loop less.
 template <bool is_whole, class Rule, class... Values>
-[[gnu::always_inline]] inline void step_strip(const Rule& rule, float* __restrict w, const float* __restrict g,
-                                              int64_t count, Values* __restrict... x) {
+[[gnu::always_inline]] inline void step_strip(const Rule& rule, float* __restrict w,
+                                              const float* __restrict g, int64_t count,
+                                              Values* __restrict... x) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const bool is_fine = is_whole || std::abs(g[i]) <= kLargest;
@@ -162,7 +163,8 @@ template <bool is_whole, class Rule, class... Values>
 }
 
 template <class Rule, class... Moments>
-void step_block(const Rule rule, float* w, const float* g, int64_t count, typename Moments::Block... moments) {
+void step_block(const Rule rule, float* w, const float* g, int64_t count,
+                typename Moments::Block... moments) {
   constexpr int64_t kStrip = std::min({Moments::kStrip...});
   constexpr bool kIsWhole = (Moments::kIsWhole || ...);
   const int64_t full = count - count % kStrip;

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "dynamic8.h"
@@ -86,29 +87,44 @@ void sum_rows(const Layout& layout, const float* x, const float* column, int64_t
   }
 }
 
+// Adds so many rows' squares, and their products with as many numbers.
+template <int64_t rows, bool has_column>
+void add_rows(const float* __restrict x, int64_t columns, const float* __restrict weights, int64_t count,
+              float* __restrict squares, float* __restrict dots) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    float square = 0, dot = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float value = x[i * columns + j];
+      square += value * value;
+      if (has_column) dot += value * weights[i];
+    }
+    squares[j] += square;
+    if (has_column) dots[j] += dot;
+  }
+}
+
 template <bool has_column>
 void sum_columns(const Layout& layout, const float* x, const float* column, int64_t begin, int64_t end,
                  float* squares, float* dots) {
-  constexpr int64_t kRows = 64;
+  constexpr int64_t kRows = 64, kTogether = 8;  // sums are loaded and stored once for eight rows
   const int64_t count = end - begin;
   std::fill_n(squares + begin, count, 0.0f);
   if (has_column) std::fill_n(dots + begin, count, 0.0f);
   Floats square(count), dot(has_column ? count : 0);
-  float *__restrict square_of = square.data(), *__restrict dot_of = dot.data();
   for (int64_t first = 0; first < layout.rows; first += kRows) {
+    const int64_t last = std::min(first + kRows, layout.rows), full = last - (last - first) % kTogether;
     std::fill(square.begin(), square.end(), 0.0f);
     std::fill(dot.begin(), dot.end(), 0.0f);
-    for (int64_t i = first; i < std::min(first + kRows, layout.rows); ++i) {
-      const float* __restrict row = x + i * layout.columns + begin;
-      const float weight = has_column ? column[i] : 0.0f;
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) {
-        square_of[j] += row[j] * row[j];
-        if (has_column) dot_of[j] += row[j] * weight;
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) squares[begin + j] += square_of[j];
-    for (int64_t j = 0; has_column && j < count; ++j) dots[begin + j] += dot_of[j];
+    const auto add = [&](auto many, int64_t i) {
+      const float* weights = has_column ? column + i : nullptr;
+      add_rows<many(), has_column>(x + i * layout.columns + begin, layout.columns, weights, count,
+                                   square.data(), dot.data());
+    };
+    for (int64_t i = first; i < full; i += kTogether) add(std::integral_constant<int64_t, kTogether>(), i);
+    for (int64_t i = full; i < last; ++i) add(std::integral_constant<int64_t, 1>(), i);
+    for (int64_t j = 0; j < count; ++j) squares[begin + j] += square[j];
+    for (int64_t j = 0; has_column && j < count; ++j) dots[begin + j] += dot[j];
   }
 }
 
