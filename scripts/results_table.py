@@ -48,7 +48,6 @@ TITLES = {
     "tuning_task": "Every way to fine-tune, on a task with a score",
 }
 MORE_OF_IT = {  # on another machine or by other options: shown where there is a result
-    "optimizer_step_intel": "Optimizer steps, on another processor",
     "together_nf4": "Four adapters at once, over a base in four bits",
     "gpu": "On a GPU",
 }
@@ -341,7 +340,6 @@ OTHER_ROWS: dict[str, Callable[[Document], list[Row]]] = {
     "memory_peers": _memory_peers,
     "memory_resident": _memory_resident,
     "optimizer_step": _optimizer_step,
-    "optimizer_step_intel": _optimizer_step,
     "optimizer_refresh": _optimizer_refresh,
     "optimizer_state": _optimizer_state,
     "seven_billion": _seven_billion,
