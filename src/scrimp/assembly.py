@@ -164,7 +164,7 @@ def _further(choice: Choice, section: Any) -> dict[str, Any]:
     Raises:
         ScrimpError: The builder takes no such option, or not such a value.
     """
-    given = dict(each.split("=", 1) for each in getattr(section, "options", ()))
+    given = dict(each.split("=", 1) for each in section.options)
     if not given:
         return {}
     taken, named = takes_besides(choice, section.name), f"{choice} {section.name}"
@@ -195,7 +195,8 @@ def takes_besides(choice: Choice, name: str) -> dict[str, Any]:
 def _typed(where: str, name: str, text: str, kind: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    kinds = {get_origin(each) or each for each in (kind, *get_args(kind))}
+    alternatives = (kind, *get_args(kind))
+    kinds = {get_origin(each) or each for each in alternatives}
     if text.lower() == "none" and type(None) in kinds:
         return None
     try:
@@ -203,7 +204,7 @@ def _typed(where: str, name: str, text: str, kind: Any) -> Any:
         return adapter.validate_python(text.split(",") if tuple in kinds else text)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
-        several = [len(get_args(each)) for each in (kind, *get_args(kind)) if get_origin(each) is tuple]
+        several = [len(get_args(each)) for each in alternatives if get_origin(each) is tuple]
         if several and problem == "Field required":
             problem = f"it has {several[0]} values"
         raise ScrimpError(f"{where}: {name} = {text!r}: {problem[0].lower()}{problem[1:]}") from None

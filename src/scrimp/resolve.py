@@ -117,8 +117,9 @@ def resolve_evaluation(prepared: Prepared, device: torch.device, *, say: Say) ->
 
     Where its micro-batch is given nothing depends on memory, least of all on what training would need.
     """
-    settled = _settled(prepared, device)
-    return settled if settled.micro_batch else resolve(prepared, device, fixed=None, say=say).recipe
+    if prepared.inputs.recipe.micro_batch:
+        return _settled(prepared, device)
+    return resolve(prepared, device, fixed=None, say=say).recipe
 
 
 def _settled(prepared: Prepared, device: torch.device) -> Recipe:

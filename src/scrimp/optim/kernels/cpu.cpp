@@ -77,7 +77,7 @@ struct Coded {
     }
   };
   static constexpr int64_t kStrip = 64;   // one is decoded while the one before waits for its quotients
-  static constexpr bool kIsWhole = true;  // an element that is not finite would spoil its block
+  static constexpr bool kIsWhole = true;  // who updates codes has looked: one NaN would spoil its block
   Block open(int64_t block) const {
     return {codes + block * kBlock, scales + block};
   }
@@ -221,7 +221,7 @@ void update(const at::Tensor& weight, const at::Tensor& grad, Tensors moments, b
   check(weight, moments, is_coded);
   const auto g = grad.to(at::kFloat).contiguous();
   TORCH_CHECK(g.numel() == weight.numel(), "the gradient is not that of the weights");
-  if ((whole || is_coded) && !is_finite(g)) return;
+  if (whole && !is_finite(g)) return;
   const Rule rule(numbers);
   [&]<size_t... i>(std::index_sequence<i...>) {
     if (is_coded)

@@ -75,7 +75,7 @@ def adam(
         moments: Both in float32; or the codes and scales of the first, in blocks of 256, and of the second.
         numbers: rewarm, lr, weight_decay, size, beta1, beta2, eps, inv_c1 and inv_root_c2.
         whole: Whether a gradient that is not finite changes nothing; else only its elements that are not
-            leave theirs as they are.
+            leave theirs as they are. Where moments are codes, it has to be.
         hf: Whether the convention is the Hugging Face one.
     """
     torch.ops.scrimp_cpu.adam.default(weight, grad, moments, whole, numbers, hf)
